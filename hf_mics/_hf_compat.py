@@ -1,0 +1,98 @@
+"""The one file that touches private names of accelerate, checked on accelerate 1.15.0 with transformers 5.23.0.
+
+Accelerate shards a model in `Accelerator._prepare_fsdp2`, through functions of its own module, and turns FSDP on only
+for GPUs. Three things are replaced here, each as narrowly as it can be: those functions while one `prepare` runs, the
+distributed type on machines without accelerators, and the class that scripts import as `Accelerator`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate import accelerator as accelerator_module
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+# Bound before the runner puts its own class under these names.
+StockAccelerator = Accelerator
+
+Prepare = Callable[[Any, nn.Module], nn.Module]
+
+
+@contextlib.contextmanager
+def replaced_preparation(shard: Prepare, checkpoint_activations: Prepare) -> Iterator[None]:
+    """Inside, `Accelerator._prepare_fsdp2` shards models with `shard` and checkpoints with `checkpoint_activations`.
+
+    Both are called as accelerate calls its own: `(accelerator, model) -> model`. What stays accelerate's is the order
+    (checkpointing, compilation, sharding) and the switch of the optimizer to the sharded parameters.
+    """
+    former = accelerator_module.fsdp2_prepare_model, accelerator_module.fsdp2_apply_ac
+    accelerator_module.fsdp2_prepare_model = shard
+    accelerator_module.fsdp2_apply_ac = checkpoint_activations
+    try:
+        yield
+    finally:
+        accelerator_module.fsdp2_prepare_model, accelerator_module.fsdp2_apply_ac = former
+
+
+def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:
+    """Joins the job as accelerate would, and makes its FSDP path reachable without accelerators and with one process.
+
+    Accelerate turns FSDP on for MULTI_GPU and other accelerators, never for MULTI_CPU or a lone process. Called before
+    `AcceleratorState` exists, this keeps the whole of accelerate's own path, mixed precision included; later it
+    would be undone, because AcceleratorState copies PartialState.
+    """
+    cpu = cpu or not torch.accelerator.is_available()
+    if PartialState._shared_state.get("distributed_type") == DistributedType.NO and _launched_ranks() > 1:
+        # Somebody asked for PartialState() without cpu=True on a machine without accelerators: it took itself for a
+        # lone process.
+        PartialState._reset_state()
+    state = PartialState(cpu, **init_kwargs)
+    if state.distributed_type == DistributedType.NO:
+        if not dist.is_initialized():
+            backend = "gloo" if state.device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        PartialState._shared_state.update(backend=dist.get_backend(), distributed_type=DistributedType.MULTI_GPU)
+    elif state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return state
+
+
+def _launched_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accelerate_is_initialized() -> bool:
+    """Whether an Accelerator was created before in this process."""
+    return bool(AcceleratorState._shared_state)
+
+
+def active_fsdp_plugin() -> Any:
+    """The FSDP plugin of the Accelerator that was created before, or None."""
+    return AcceleratorState._shared_state.get("fsdp_plugin")
+
+
+def called_from_stock_init(depth: int) -> bool:
+    """Whether the function `depth` frames up is `__init__` of an Accelerator that does not know MiCS."""
+    frame = sys._getframe(depth + 1)
+    if frame.f_code is not StockAccelerator.__init__.__code__:
+        return False
+    return not getattr(frame.f_locals["self"], "knows_mics", False)
+
+
+def replace_accelerator(replacement: type[Accelerator]) -> None:
+    """Makes `from accelerate import Accelerator` yield `replacement`, for modules imported before and after."""
+    accelerate.Accelerator = replacement
+    accelerator_module.Accelerator = replacement
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("hf_mics") and getattr(module, "__dict__", {}).get("Accelerator") is StockAccelerator:
+            module.__dict__["Accelerator"] = replacement

@@ -1,0 +1,383 @@
+"""The one file that touches private names of torch.distributed.fsdp, checked on torch 2.13.0.
+
+FSDP2's public seams (`set_custom_all_gather`, `set_custom_reduce_scatter`, `set_requires_all_reduce`) say how to
+communicate, but not what a unit holds between micro-steps. `Unit` names the few facts that the two-hop schedule needs.
+A torch that lacks one of them fails here, at attach time, with its version in the message.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor
+
+from hf_mics.errors import ConfigError, MiCSError
+
+# torch 2.13 renamed the two calls; 2.11 has only the old names, which 2.13 keeps as aliases that CommDebugMode and
+# other counters no longer see.
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+_GROUP_ATTRIBUTES = (
+    "fsdp_params",
+    "mesh_info",
+    "mp_policy",
+    "device",
+    "all_reduce_grads",
+    "reduce_grads",
+    "post_backward",
+    "finalize_backward",
+    "comm_ctx",
+    "_partial_reduce_output",
+    "_training_state",
+)
+
+
+_STATE_ATTRIBUTES = ("_fsdp_param_groups", "_root_post_backward_final_callback")
+
+
+def _require(thing: Any, kind: str, attributes: tuple[str, ...]) -> None:
+    missing = [attribute for attribute in attributes if not hasattr(thing, attribute)]
+    if missing:
+        raise MiCSError(
+            f"torch {torch.__version__} has no {kind}.{missing[0]}, which two-hop synchronization needs. hf_mics was "
+            "checked on torch 2.13.0; install that."
+        )
+
+
+class Unit:
+    """One FSDP2 communication unit: the parameters of a module that are gathered and reduced together."""
+
+    def __init__(self, module: FSDPModule, group: Any, name: str) -> None:
+        _require(group, "FSDPParamGroup", _GROUP_ATTRIBUTES)
+        self.module = module
+        self.name = name
+        self._group = group
+        self._params = list(group.fsdp_params)
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The mesh that the unit was sharded on."""
+        return self._group.mesh_info.mesh
+
+    @property
+    def mesh_axes(self) -> tuple[int | None, int | None]:
+        """(replicate, shard) axes of `mesh`; None where the unit has no such axis."""
+        info = self._group.mesh_info
+        return info.replicate_mesh_dim, info.shard_mesh_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the unit computes."""
+        return self._group.device
+
+    @property
+    def sharded_params(self) -> list[nn.Parameter]:
+        """The sharded parameters, in the order in which their gradients are packed."""
+        return [param.sharded_param for param in self._params]
+
+    @property
+    def trainable(self) -> frozenset[int]:
+        """Indices into `sharded_params` that require a gradient."""
+        return frozenset(i for i, p in enumerate(self._params) if p.sharded_param.requires_grad)
+
+    @property
+    def frees_after_forward(self) -> bool:
+        """Whether parameters are gathered a second time for backward."""
+        return self._group._reshard_after_forward
+
+    def shard_numel(self, index: int) -> int:
+        """Elements of one padded shard of parameter `index`, as packed into the reduce-scatter."""
+        return self._params[index].padded_sharded_param_size.numel()
+
+    def shard_view(self, index: int, flat: torch.Tensor) -> torch.Tensor:
+        """Parameter `index`'s unpadded shard as a view into `flat`, its padded part of a packed buffer."""
+        param = self._params[index]
+        return flat.as_strided(param.sharded_size, param.contiguous_sharded_stride)
+
+    def as_sharded(self, index: int, local: torch.Tensor) -> DTensor:
+        """`local` as a DTensor placed like parameter `index`."""
+        return self._params[index].to_sharded_dtensor(local)
+
+    def gather_dtype(self, index: int) -> torch.dtype:
+        """The dtype in which parameter `index` travels when gathered."""
+        return self._group.mp_policy.param_dtype or self._params[index].sharded_param.dtype
+
+    def unevenly_held(self) -> dict[int, str]:
+        """Names of parameters whose shards are padded on some rank, by the id of what their module holds now."""
+        found = {}
+        for param in self._params:
+            info = param._module_info
+            if param._orig_size[0] % self.mesh.size(self.mesh_axes[1]):
+                found[id(getattr(info.module, info.param_name))] = info.param_name
+        return found
+
+    def held(self) -> list[int]:
+        """Ids of what the modules hold now for each parameter; twice the same if it was tied after sharding."""
+        return [id(getattr(param._module_info.module, param._module_info.param_name)) for param in self._params]
+
+    # -- dtypes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def stock_reduce_dtype(self) -> torch.dtype:
+        """The dtype in which FSDP2 alone would reduce this unit's gradients."""
+        policy = self._group.mp_policy
+        own = [self._params[i].sharded_param.dtype for i in sorted(self.trainable)]
+        return policy.reduce_dtype or policy.param_dtype or (own[0] if own else torch.float32)
+
+    def reduce_in(self, dtype: torch.dtype) -> Any:
+        """Makes FSDP2 hold and add up this unit's gradients in `dtype`; returns the former policy for `restore`."""
+        former = self._group.mp_policy
+        self._set_policy(replace(former, reduce_dtype=dtype))
+        return former
+
+    def _set_policy(self, policy: Any) -> None:
+        self._group.mp_policy = policy
+        # Parameters cache their dtypes in lazy_init, at the first forward, and reread them from the policy then.
+        # A model that already ran needs the reread now.
+        if hasattr(self._group, "_reduce_dtype"):
+            self._group._init_mp_dtypes()
+
+    # -- hop 2 -----------------------------------------------------------------------------------------------------
+
+    @property
+    def replication_group(self) -> dist.ProcessGroup:
+        """The process group of the all-reduce."""
+        return self._group.mesh_info.replicate_process_group
+
+    @replication_group.setter
+    def replication_group(self, group: dist.ProcessGroup) -> None:
+        self._group.mesh_info.replicate_process_group = group
+
+    @property
+    def all_reduces(self) -> bool:
+        """Whether the next backward ends in hop 2."""
+        return self._group.all_reduce_grads
+
+    @all_reduces.setter
+    def all_reduces(self, value: bool) -> None:
+        self._group.all_reduce_grads = value
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the next backward reduces at all."""
+        return self._group.reduce_grads
+
+    @property
+    def partial_sum(self) -> torch.Tensor | None:
+        """Gradients of earlier micro-steps, reduced inside the partition group only; packed, one shard."""
+        return self._group._partial_reduce_output
+
+    @partial_sum.setter
+    def partial_sum(self, value: torch.Tensor | None) -> None:
+        if value is not None and value.device.type != "cpu":
+            # FSDP2 adds to it in the reduce-scatter stream, and may drop it while that addition is still queued.
+            value.record_stream(self._group.comm_ctx.reduce_scatter_stream)
+        self._group._partial_reduce_output = value
+
+    def wait_for_partial_sum(self) -> None:
+        """Orders the current stream after the reduction that writes the partial sum."""
+        event = getattr(self._group, "_post_reduce_event", None)
+        if event is not None:
+            self._group.device_handle.current_stream().wait_event(event)
+
+    @property
+    def hop2_averages(self) -> bool:
+        """Whether hop 2 is a plain average; a custom divide factor or forced sums make it a sum."""
+        return self._group.gradient_divide_factor is None and not self._group.force_sum_reduction_for_comms
+
+    def gradient_tensors(self) -> list[torch.Tensor]:
+        """Every gradient that the unit holds now: unsharded, partly reduced, or finished; views may share storage."""
+        held = [self.partial_sum] if self.partial_sum is not None else []
+        for param in self._params:
+            unsharded = getattr(param, "_unsharded_param", None)
+            finished = param.sharded_param.grad
+            held += [g for g in (param.unsharded_accumulated_grad, getattr(unsharded, "grad", None)) if g is not None]
+            held += [finished.to_local()] if isinstance(finished, DTensor) else []
+        return held
+
+    # -- backward --------------------------------------------------------------------------------------------------
+
+    def params_with_gradient(self) -> frozenset[int]:
+        """Indices of parameters for which autograd has left an unsharded gradient."""
+        return frozenset(
+            i
+            for i, param in enumerate(self._params)
+            if hasattr(param, "_unsharded_param")
+            and (param.unsharded_accumulated_grad is not None or param._unsharded_param.grad is not None)
+        )
+
+    def add_zero_gradients(self, indices: frozenset[int]) -> None:
+        """Gives the parameters `indices` an unsharded gradient of zeros, so that they take part in the reduction."""
+        for i in indices:
+            # zeros_like reads sizes and dtype only: the unsharded storage may have been freed already.
+            self._params[i].unsharded_accumulated_grad = torch.zeros_like(self._params[i]._unsharded_param)
+
+    def forget_unsharded_gradients(self) -> None:
+        """Drops what a backward that raised has left on unsharded parameters; no `zero_grad()` reaches it there."""
+        for param in self._params:
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+
+    def wrap_post_backward(self, wrapper: Callable[[Callable[..., None]], None]) -> None:
+        """Calls `wrapper(original)` wherever FSDP2 would call this unit's post-backward."""
+        original = self._group.post_backward
+
+        def post_backward(*unused: Any) -> None:
+            wrapper(original)
+
+        self._group.post_backward = post_backward
+
+    def post_backward(self) -> None:
+        """Runs this unit's post-backward once more, wrapper included."""
+        self._group.post_backward()
+
+    def unwrap_post_backward(self) -> None:
+        """Undoes `wrap_post_backward`."""
+        self._group.__dict__.pop("post_backward", None)
+
+    def finish_late_reduction(self) -> None:
+        """Waits for a reduction that was issued after FSDP2's own end of backward."""
+        self._group.finalize_backward()
+        states = self._group.comm_ctx.reduce_scatter_states
+        current = self._group.device_handle.current_stream()
+        for state in states:
+            if state.event is not None:
+                current.wait_event(state.event)
+        states.clear()
+        self._group._training_state = type(self._group._training_state).IDLE
+
+    # -- undo ------------------------------------------------------------------------------------------------------
+
+    def restore(self, policy: Any, group: dist.ProcessGroup, comms: tuple[Any, Any]) -> None:
+        """Puts back what `reduce_in`, `replication_group` and `set_comms` replaced."""
+        self._set_policy(policy)
+        self.replication_group = group
+        self._group._all_gather_comm, self._group._reduce_scatter_comm = comms
+
+    def set_comms(self, all_gather: AllGather, reduce_scatter: ReduceScatter) -> tuple[Any, Any]:
+        """Installs the collectives through FSDP2's public setters; returns the former pair."""
+        former = self._group._all_gather_comm, self._group._reduce_scatter_comm
+        self.module.set_custom_all_gather(all_gather)
+        self.module.set_custom_reduce_scatter(reduce_scatter)
+        return former
+
+
+def find_units(model: nn.Module) -> Iterator[Unit]:
+    """Every communication unit of a model that was sharded with `fully_shard`, in module order."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        _require(state, "FSDPState", _STATE_ATTRIBUTES)
+        groups = state._fsdp_param_groups
+        if len(groups) > 1:
+            raise ConfigError(
+                f"{name or type(module).__name__} holds {len(groups)} FSDP2 parameter groups on different meshes "
+                "(shard_placement_fn); hf_mics needs one group and one mesh per module. Shard the module without "
+                "per-parameter meshes."
+            )
+        for group in groups:
+            if id(group) not in seen:
+                seen.add(id(group))
+                yield Unit(module, group, name)
+
+
+def override_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Makes `module.name(...)` call `function(module, ...)`, on this instance alone.
+
+    Written into `__dict__` because `torch.compile`'s OptimizedModule forwards plain attribute writes to the module
+    inside it, where FSDP2's class method would win again.
+    """
+    module.__dict__[name] = types.MethodType(function, module)
+
+
+def remove_override(module: nn.Module, name: str) -> None:
+    """Undoes `override_method`."""
+    module.__dict__.pop(name, None)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def unfinished_pass(model: nn.Module) -> Literal["forward", "backward"] | None:
+    """Which pass through `model` has begun and not ended; asked outside of both, the one that raised."""
+    context = model._get_fsdp_state()._state_ctx  # type: ignore[operator]
+    if context.post_backward_final_callback_queued:
+        return "backward"
+    return "forward" if context.iter_forward_root is not None else None
+
+
+def reset_after_error(model: nn.Module) -> None:
+    """Lets FSDP2 forget a forward or backward that raised; partial sums are lost.
+
+    Raises:
+        MiCSError: this torch cannot (`reset_iter_state` came after 2.11).
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise MiCSError(
+            f"a forward or backward raised, and torch {torch.__version__} cannot start again after that. Install torch "
+            "2.13, whose FSDPModule has reset_iter_state, or let the error end the job."
+        )
+    FSDPModule.reset_iter_state(model)  # type: ignore[arg-type]
+
+
+def after_backward(model: nn.Module, callback: Callable[[], None]) -> Callable[[], None]:
+    """Calls `callback` after FSDP2's own end of every backward through `model`; returns the undo.
+
+    FSDP2 queues that end on the outermost backward. A callback of ours would be queued inside a reentrant checkpoint's
+    inner backward and run before the outer layers have reduced.
+    """
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def wrap(state: Any) -> None:
+        original = state._root_post_backward_final_callback
+
+        def end_backward() -> None:
+            original()
+            callback()
+
+        state._root_post_backward_final_callback = end_backward
+
+    for state in states:
+        wrap(state)
+
+    def undo() -> None:
+        for state in states:
+            state.__dict__.pop("_root_post_backward_final_callback", None)
+
+    return undo
+
+
+def coalesced(group: dist.ProcessGroup) -> AbstractContextManager[Any]:
+    """Turns the all-gathers (or reduce-scatters) issued inside into one launch on `group`."""
+    return dist.distributed_c10d._coalescing_manager(group=group)
+
+
+def premul_sum(factor: float) -> Any:
+    """The reduction that multiplies by `factor`, then adds; what FSDP2 uses under `set_gradient_divide_factor`."""
+    return dist._make_nccl_premul_sum(factor)
+
+
+def premul_factor(op: Any) -> float | None:
+    """The factor of a PREMUL_SUM reduction, None for every other operation."""
+    if isinstance(op, dist.ReduceOp) and op == dist.ReduceOp.PREMUL_SUM:
+        _, factor = cast(tuple[Any, float], op.__getstate__())
+        return factor
+    return None

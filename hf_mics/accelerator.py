@@ -1,0 +1,206 @@
+"""How is MiCS used from an Accelerate script? `MiCSAccelerator` is accelerate's Accelerator with MiCS inside."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import os
+import socket
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+from hf_mics._hf_compat import (
+    StockAccelerator,
+    accelerate_is_initialized,
+    active_fsdp_plugin,
+    replaced_preparation,
+    start_process_state,
+)
+from hf_mics.engine import apply_mics, is_under_mics, mics_engine, node_size_from_launcher
+from hf_mics.errors import ConfigError, TopologyError
+from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology
+from hf_mics.process_groups import say_to_all
+from hf_mics.sharding import checkpoint_activations, restore_scalars, shard_model
+from hf_mics.summary import start_up_summary
+
+
+class MiCSAccelerator(StockAccelerator):
+    """Accelerate's `Accelerator`, training under MiCS; its API and every argument are unchanged.
+
+    On construction, in this order: finds the settings (`mics_plugin`, else a plugin passed as `fsdp_plugin`, else the
+    launcher's FSDP config), checks them, joins the job, agrees with all ranks on the node size, resolves the partition
+    size, and lets accelerate build its mesh of (dp_replicate, dp_shard). `prepare` then shards the model, installs
+    MiCS and prints the start-up summary on rank 0. Works on CPUs over gloo and on GPUs over NCCL alike.
+
+    Args:
+        mics_plugin: MiCS settings; default those of the accelerate config.
+        args, kwargs: as for `Accelerator`.
+
+    Raises:
+        ConfigError: no FSDP config and no plugin, FSDP version 1, sizes that do not multiply to the number of
+            processes, other parallelism, DeepSpeed, or an Accelerator of another kind created before.
+        TopologyError: a partition size that forms no groups, or nodes of different sizes.
+    """
+
+    knows_mics = True
+
+    def __init__(self, *args: Any, mics_plugin: MiCSPlugin | None = None, **kwargs: Any) -> None:
+        bound = inspect.signature(StockAccelerator.__init__).bind_partial(self, *args, **kwargs)
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        plugin = _choose_plugin(mics_plugin, given.get("fsdp_plugin"))
+        sizes = requested_sizes(given.get("parallelism_config"))
+        init_kwargs = _init_process_group_kwargs(given.get("kwargs_handlers"))
+        state = start_process_state(bool(given.get("cpu", False)), **init_kwargs)
+        self._node_names, node_size = _agree_on_nodes(plugin)
+        self.topology = resolve_topology(plugin, sizes, world_size=state.num_processes, node_size=node_size)
+        given["fsdp_plugin"] = plugin
+        given["parallelism_config"] = MiCSParallelismConfig(
+            dp_replicate_size=self.topology.replication_size, dp_shard_size=self.topology.partition_size
+        )
+        super().__init__(**given)
+        _leave_job_at_exit()
+        self._warn_if_two_hop_is_off()
+
+    @property
+    def mics_plugin(self) -> MiCSPlugin:
+        """The settings in force."""
+        return self.state.fsdp_plugin
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: int = 2) -> torch.Tensor:
+        """Clips as `Accelerator.clip_grad_norm_` and returns the norm over all shards, the same on every rank.
+
+        Stock accelerate returns a DTensor whose `.item()` is this rank's part of the norm only.
+        """
+        norm = super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def load_state(self, *args: Any, **kwargs: Any) -> None:
+        """Loads as `Accelerator.load_state`; an unfinished accumulation window is dropped."""
+        super().load_state(*args, **kwargs)
+        for model in filter(is_under_mics, self._models):
+            mics_engine(model).schedule.drop_window()
+
+    def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        """The full state as `Accelerator.get_state_dict`, in the shapes from before sharding."""
+        return restore_scalars(model, super().get_state_dict(model, unwrap=unwrap))
+
+    def _prepare_fsdp2(self, *args: Any) -> Any:
+        with replaced_preparation(shard_model, checkpoint_activations):
+            result = super()._prepare_fsdp2(*args)
+        for item in result:
+            if isinstance(item, torch.nn.Module):
+                self._start_mics(item)
+        return result
+
+    def _start_mics(self, model: torch.nn.Module) -> None:
+        plugin = self.mics_plugin
+        apply_mics(
+            model,
+            node_size=self.topology.node_size,
+            hierarchical=plugin.hierarchical,
+            gradient_wire_dtype=plugin.gradient_wire_dtype,
+        )
+        if self.is_main_process:
+            summary = start_up_summary(
+                mics_engine(model),
+                getattr(plugin, "wrap_report", ()),
+                micro_steps=self.gradient_accumulation_steps,
+                node_names=self._node_names,
+            )
+            print(summary, file=sys.stderr, flush=True)
+
+    def _warn_if_two_hop_is_off(self) -> None:
+        if self.gradient_state.plugin_kwargs.get("sync_each_batch", False) and self.is_main_process:
+            warnings.warn(
+                "sync_each_batch=True makes every micro-step end in hop 2, so two-hop synchronization is off and "
+                "gradients cross nodes gradient_accumulation_steps times per optimizer step. MiCS keeps gradients "
+                "sharded without it: leave sync_each_batch out.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _choose_plugin(mics_plugin: MiCSPlugin | None, fsdp_plugin: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
+    if mics_plugin is not None and fsdp_plugin is not None:
+        raise ConfigError("both mics_plugin and fsdp_plugin were given; a MiCSPlugin is both, so pass one of them.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "the accelerate config enables DeepSpeed, which brings its own sharding. MiCS needs `distributed_type: "
+            "FSDP` with `fsdp_version: 2`; see recipes/configs."
+        )
+    if accelerate_is_initialized():
+        return _active_plugin(mics_plugin or fsdp_plugin)
+    plugin = mics_plugin or fsdp_plugin
+    if plugin is None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+            raise ConfigError(
+                "no FSDP in the accelerate config: MiCS needs `distributed_type: FSDP` with `fsdp_version: 2`, got "
+                "neither that nor a MiCSPlugin. Launch with `accelerate launch --config_file "
+                "recipes/configs/cpu_2x2.yaml ...` (or a config of yours), or pass mics_plugin=MiCSPlugin(...)."
+            )
+        return MiCSPlugin()
+    return plugin if isinstance(plugin, MiCSPlugin) else MiCSPlugin.from_stock(plugin)
+
+
+def _active_plugin(wanted: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
+    """The plugin of the Accelerator created before: accelerate keeps its state for the whole process."""
+    active = active_fsdp_plugin()
+    if not isinstance(active, MiCSPlugin):
+        raise ConfigError(
+            "accelerate was already initialized by an Accelerator that is not under MiCS, and keeps its state for the "
+            "whole process. Create the MiCSAccelerator first, or run the script with `-m hf_mics`."
+        )
+    if isinstance(wanted, MiCSPlugin) and wanted.settings() != active.settings():
+        raise ConfigError(
+            "accelerate keeps the settings of the first Accelerator for the whole process: it has "
+            f"{active.settings()}, and a later one asks for {wanted.settings()}. Give every "
+            "Accelerator the same MiCSPlugin settings."
+        )
+    return active
+
+
+def _init_process_group_kwargs(handlers: list[Any] | None) -> dict[str, Any]:
+    for handler in handlers or ():
+        if type(handler).__name__ == "InitProcessGroupKwargs":
+            return handler.to_kwargs()
+    return {}
+
+
+def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
+    """Node names in rank order and ranks per node, from what every rank says; so all ranks raise or none does."""
+    everyone = say_to_all(
+        lambda: (socket.gethostname(), plugin.node_size or node_size_from_launcher(), plugin.partition_size)
+    )
+    sizes = {size for _, size, _ in everyone}
+    if len(sizes) > 1:
+        table = ", ".join(f"ranks on {host}: {size}" for host, size in sorted({(h, s) for h, s, _ in everyone}))
+        raise TopologyError(
+            f"every node must run as many ranks: LOCAL_WORLD_SIZE differs between nodes ({table}). Launch the same "
+            "number of processes on every node, or set MiCSPlugin(node_size=...)."
+        )
+    partitions = {partition for _, _, partition in everyone}
+    if len(partitions) > 1:
+        raise TopologyError(f"every rank must ask for the same partition_size, got {sorted(map(str, partitions))}.")
+    return list(dict.fromkeys(host for host, _, _ in everyone)), sizes.pop()
+
+
+def _leave_job_at_exit() -> None:
+    """Destroys the process group when a script ends without `end_training`: else some launches abort (signal 6)."""
+    if not _LEAVING:
+        _LEAVING.append(True)
+        atexit.register(_leave_job)
+
+
+_LEAVING: list[bool] = []
+
+
+def _leave_job() -> None:
+    # After an uncaught exception the other ranks may be inside a collective that we would wait for.
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()

@@ -1,0 +1,21 @@
+"""Which errors does hf_mics raise for its users?
+
+Every message says what was wrong, what was expected, what was got, and the fix. All of them are raised on every
+rank alike, before the collective that would otherwise hang.
+"""
+
+
+class MiCSError(Exception):
+    """Base of every error that hf_mics raises on purpose."""
+
+
+class ConfigError(MiCSError, ValueError):
+    """A setting, a file or a call of the user's that cannot work as given."""
+
+
+class TopologyError(MiCSError, ValueError):
+    """Sizes or rank layouts from which no partition groups can be formed."""
+
+
+class WindowError(MiCSError, RuntimeError):
+    """An accumulation window used in a way that would lose gradients."""

@@ -1,0 +1,172 @@
+"""What can be set about MiCS under Accelerate, and which sizes follow from the launcher's config?"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from accelerate import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+from hf_mics._hf_compat import called_from_stock_init
+from hf_mics.engine import WireDtype
+from hf_mics.errors import ConfigError, TopologyError
+from hf_mics.topology import Topology
+
+
+@dataclass
+class MiCSPlugin(FullyShardedDataParallelPlugin):
+    """Accelerate's FSDP plugin with MiCS's settings; every field of the base class keeps its meaning.
+
+    Hand it to `MiCSAccelerator(mics_plugin=...)`, or to `Accelerator(fsdp_plugin=...)` under `python -m hf_mics`. The
+    stock `Accelerator` refuses it, because it would train plain FSDP2 without a word.
+
+    Args:
+        partition_size: ranks in a partition group; default the config's `dp_shard_size`, else one node.
+        node_size: ranks per node; default `LOCAL_WORLD_SIZE` from the launcher.
+        hierarchical: two-stage collectives where a partition group spans nodes.
+        gradient_wire_dtype: what travels in hops 1 and 2: "auto" (what stock accelerate would send), "float32" or
+            "bfloat16". Partial sums are added up in fp32 in any case.
+
+    Raises:
+        ConfigError: FSDP version 1, or a value that is not one of the above.
+    """
+
+    partition_size: int | None = None
+    node_size: int | None = None
+    hierarchical: bool = True
+    gradient_wire_dtype: WireDtype = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_version()
+        super().__post_init__()
+        for name in ("partition_size", "node_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer or None, got {value!r}.")
+        if self.gradient_wire_dtype not in get_args(WireDtype):
+            raise ConfigError(
+                f"gradient_wire_dtype must be one of {', '.join(get_args(WireDtype))}, "
+                f"got {self.gradient_wire_dtype!r}."
+            )
+
+    def _check_version(self) -> None:
+        version: int | None = self.__dict__.get("fsdp_version")
+        if version is None:
+            version = int(os.environ.get("FSDP_VERSION", "2"))
+        if version != 2:
+            raise ConfigError(
+                f"MiCS needs FSDP version 2, got version {version}. Set `fsdp_version: 2` under `fsdp_config` in the "
+                "accelerate config, or leave fsdp_version out of the plugin."
+            )
+        self.fsdp_version = 2
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "fsdp_version" and called_from_stock_init(1):
+            raise ConfigError(
+                "a MiCSPlugin was given to accelerate's own Accelerator, which would train plain FSDP2 (or, on CPU, "
+                "DistributedDataParallel). Expected MiCSAccelerator(mics_plugin=...), or the unchanged script under "
+                "`accelerate launch ... -m hf_mics script.py`."
+            )
+        return super().__getattribute__(name)
+
+    def set_auto_wrap_policy(self, model: Any) -> None:
+        """Leaves the choice of layers to `hf_mics.wrapping`, unless the user asked for a size-based policy."""
+        if self.min_num_params:
+            super().set_auto_wrap_policy(model)
+
+    def settings(self) -> dict[str, Any]:
+        """What MiCS adds to accelerate's plugin, by name."""
+        stock = {field.name for field in dataclasses.fields(FullyShardedDataParallelPlugin)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in stock}
+
+    @classmethod
+    def from_stock(cls, plugin: FullyShardedDataParallelPlugin, **settings: Any) -> MiCSPlugin:
+        """A MiCSPlugin with everything that accelerate's own plugin says, and `settings` for MiCS.
+
+        Raises:
+            ConfigError: the plugin is of FSDP version 1, or a setting is wrong.
+        """
+        mics = cls(fsdp_version=plugin.fsdp_version, **settings)
+        for field in dataclasses.fields(FullyShardedDataParallelPlugin):
+            setattr(mics, field.name, getattr(plugin, field.name))
+        return mics
+
+
+class MiCSParallelismConfig(ParallelismConfig):
+    """Accelerate's ParallelismConfig with both data-parallel axes always in the mesh.
+
+    A size-1 axis must stay: FSDP2 keeps sharded fp32 partial sums only on a mesh of (replicate, shard), and accelerate
+    rejects `dp_shard_size=1`, which is MiCS with partition groups of one rank.
+    """
+
+    @property
+    def dp_replicate_enabled(self) -> bool:
+        """Always: see the class."""
+        return True
+
+    @property
+    def dp_shard_enabled(self) -> bool:
+        """Always: see the class."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestedSizes:
+    """Data-parallel sizes as the user or the launcher's config gave them; None where nothing was said."""
+
+    shard: int | None
+    replicate: int | None
+
+
+def requested_sizes(config: ParallelismConfig | None) -> RequestedSizes:
+    """The data-parallel sizes of a ParallelismConfig, else of the launcher's environment.
+
+    Raises:
+        ConfigError: tensor, context or sequence parallelism is asked for.
+    """
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        config = ParallelismConfig()
+    if config is None:
+        return RequestedSizes(shard=None, replicate=None)
+    others = {name: getattr(config, name) for name in ("tp_size", "cp_size", "sp_size") if getattr(config, name) > 1}
+    if others:
+        raise ConfigError(
+            "MiCS shards over data-parallel ranks only; expected tp_size, cp_size and sp_size of 1, got "
+            + ", ".join(f"{name}={value}" for name, value in others.items())
+            + ". Remove them from parallelism_config."
+        )
+    if config.dp_shard_size == config.dp_replicate_size == 1:
+        return RequestedSizes(shard=None, replicate=None)
+    return RequestedSizes(shard=config.dp_shard_size, replicate=config.dp_replicate_size)
+
+
+def resolve_topology(plugin: MiCSPlugin, sizes: RequestedSizes, *, world_size: int, node_size: int) -> Topology:
+    """The topology: partition size from the plugin, else from the config, else one node.
+
+    Raises:
+        ConfigError: the config's sizes do not multiply to the number of processes.
+        TopologyError: the sizes form no valid groups.
+    """
+    if plugin.partition_size is not None:
+        partition_size = plugin.partition_size
+    elif sizes.shard is not None:
+        replicate = sizes.replicate or 1
+        if sizes.shard * replicate != world_size:
+            fitting = f"{world_size // sizes.shard}" if world_size % sizes.shard == 0 else "a size that divides"
+            raise ConfigError(
+                "dp_shard_size x dp_replicate_size must equal num_processes: got "
+                f"{sizes.shard} x {replicate} = {sizes.shard * replicate}, expected {world_size}. In the accelerate "
+                f"config set parallelism_config_dp_replicate_size to {fitting}, or num_processes to "
+                f"{sizes.shard * replicate}."
+            )
+        partition_size = sizes.shard
+    else:
+        partition_size = node_size
+    try:
+        return Topology(world_size=world_size, node_size=node_size, partition_size=partition_size)
+    except TopologyError as error:
+        source = "MiCSPlugin.partition_size" if plugin.partition_size is not None else "dp_shard_size of the config"
+        raise TopologyError(f"{error} (partition_size came from {source}.)") from None

@@ -1,0 +1,1 @@
+"""What the recipes share: text, tokenizers and metrics. None of it knows about MiCS."""

@@ -1,0 +1,144 @@
+"""When do gradients cross between partition groups? The two-hop schedule (MiCS section 3.4)
+
+Every micro-step ends in hop 1: FSDP2 reduce-scatters inside the partition group and each unit keeps one shard of the
+partial sum. Hop 2, the all-reduce over the replication group, runs only in the micro-step that closes the
+accumulation window, overlapped with its backward.
+
+FSDP2's `set_requires_all_reduce` already defers hop 2. `TwoHopSchedule` adds what a training loop needs around it:
+
+- `set_requires_gradient_sync`, which Accelerate's `no_sync` and plain FSDP2 loops call, defers hop 2 instead of
+  keeping whole unsharded gradients.
+- `zero_grad()`, on the model or on any optimizer, drops an abandoned window as it does in one process; FSDP2 alone
+  leaks it into the next window. `window.py` says how.
+- A forward or backward that raised is cleared away by the next forward.
+- An optimizer step in mid-window is refused: it would apply gradients that differ between replicas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hf_mics._torch_compat import (
+    Unit,
+    after_backward,
+    in_backward,
+    override_method,
+    remove_override,
+    reset_after_error,
+    unfinished_pass,
+)
+from hf_mics.errors import WindowError
+from hf_mics.hop2 import ReplicationGroup
+from hf_mics.window import Window
+
+
+class TwoHopSchedule:
+    """Two-hop synchronization of one sharded model, from construction until `detach`.
+
+    Args:
+        model: the root module, sharded with `fully_shard`.
+        units: its communication units.
+        hop2_groups: the group over which each of them all-reduces.
+    """
+
+    def __init__(self, model: nn.Module, units: list[Unit], hop2_groups: list[ReplicationGroup]) -> None:
+        self._model = model
+        self._windows = [Window(unit, hop2) for unit, hop2 in zip(units, hop2_groups, strict=True)]
+        self._hook = model.register_forward_pre_hook(torch.compiler.disable(self._begin_forward), prepend=True)
+        self._undo_after_backward = after_backward(model, self._end_backward)
+        override_method(model, "set_requires_gradient_sync", _set_requires_gradient_sync)
+        override_method(model, "reset_iter_state", self._reset_iter_state)
+        _watch_optimizers()
+        _SCHEDULES.add(self)
+
+    @property
+    def has_open_window(self) -> bool:
+        """Whether some gradients have been through hop 1 but not yet through hop 2."""
+        return any(window.is_open for window in self._windows)
+
+    def open_names(self) -> list[str]:
+        """Names of the units whose window is open."""
+        return [window.unit.name or "(root)" for window in self._windows if window.is_open]
+
+    def drop_window(self) -> None:
+        """Forgets the partial sums of an unfinished accumulation window, as `zero_grad()` would."""
+        for window in self._windows:
+            window.drop()
+
+    def owns_any(self, params: set[int]) -> bool:
+        """Whether one of the parameters with these ids belongs to the model."""
+        return any(id(p) in params for window in self._windows for p in window.unit.sharded_params)
+
+    def detach(self) -> None:
+        """Gives the model back to FSDP2's own schedule; an open window is dropped."""
+        self.drop_window()
+        for window in self._windows:
+            window.detach()
+        self._hook.remove()
+        self._undo_after_backward()
+        remove_override(self._model, "set_requires_gradient_sync")
+        remove_override(self._model, "reset_iter_state")
+        _SCHEDULES.discard(self)
+
+    def _begin_forward(self, *_: Any) -> None:
+        """Clears away a pass that raised: a bad batch that was skipped, or out of memory and a smaller batch.
+
+        Earlier micro-steps of the window survive a forward that raised. A backward that raised has already mixed its
+        gradients into them, so the window is dropped.
+        """
+        if in_backward():
+            return
+        unfinished = unfinished_pass(self._model)
+        if unfinished is None:
+            return
+        sums = [window.unit.partial_sum if unfinished == "forward" else None for window in self._windows]
+        reset_after_error(self._model)
+        for window, partial in zip(self._windows, sums, strict=True):
+            window.unit.forget_unsharded_gradients()
+            window.unit.partial_sum = partial
+
+    def _reset_iter_state(self, model: nn.Module) -> None:
+        """Replaces `FSDPModule.reset_iter_state`, which leaves gradients on unsharded parameters."""
+        reset_after_error(model)
+        for window in self._windows:
+            window.drop()
+            window.unit.forget_unsharded_gradients()
+
+    def _end_backward(self) -> None:
+        for window in self._windows:
+            window.end_backward()
+
+
+def _set_requires_gradient_sync(model: nn.Module, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+    """Replaces `FSDPModule.set_requires_gradient_sync`: without synchronization, hop 1 still runs."""
+    model.set_requires_all_reduce(requires_gradient_sync, recurse=recurse)  # type: ignore[operator]
+
+
+_SCHEDULES: WeakSet[TwoHopSchedule] = WeakSet()
+_WATCH: list[Any] = []
+
+
+def _watch_optimizers() -> None:
+    if not _WATCH:
+        _WATCH.append(register_optimizer_step_pre_hook(_refuse_step_in_mid_window))
+
+
+def _refuse_step_in_mid_window(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for schedule in _SCHEDULES:
+        if not schedule.has_open_window:
+            continue
+        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if schedule.owns_any(params):
+            names = schedule.open_names()
+            raise WindowError(
+                f"optimizer step in mid-window: the gradients of {len(names)} units ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}) were reduced inside their partition group (hop 1) but not "
+                "across replicas (hop 2), so every replica would step differently. Expected the last backward of the "
+                "window to run outside no_sync(), or after set_requires_gradient_sync(True); call zero_grad() to drop "
+                "an unfinished window."
+            )

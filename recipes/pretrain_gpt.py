@@ -1,0 +1,236 @@
+"""Pretrain a GPT-style model under MiCS, from text to a Hugging Face folder: a plain Accelerate loop, to be copied.
+
+    accelerate launch --config_file recipes/configs/cpu_2x2.yaml recipes/pretrain_gpt.py --output_dir runs/gpt-tiny
+    accelerate launch --config_file recipes/configs/gpu_4x8.yaml recipes/pretrain_gpt.py --output_dir runs/gpt2-xl \
+        --preset gpt2-xl --dataset_name HuggingFaceFW/fineweb-edu --streaming --max_steps 50000 --save_steps 1000
+
+The only line of it that knows about MiCS is the one that makes the accelerator; the size of the partition groups comes
+from the accelerate config.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_collator, get_scheduler
+
+from hf_mics import MiCSAccelerator
+from hf_mics.errors import ConfigError
+from hf_mics.presets import find_gpt_preset, gpt_config, load_model_config
+from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
+from hf_mics.pretraining.metrics import load_metric
+from hf_mics.pretraining.plot import plot_losses
+from hf_mics.pretraining.ranks import main_process_first
+from hf_mics.pretraining.text import TextArguments, iterate_documents, load_text, pack
+from hf_mics.pretraining.tokenization import load_or_train_tokenizer
+from hf_mics.throughput import flops_per_token, throughput_metrics
+
+
+@dataclass(kw_only=True)
+class PretrainArguments:
+    """What to train, for how long, and where it goes. Every size is per process unless it says otherwise."""
+
+    output_dir: str = field(default="runs/gpt", metadata={"help": "Model, tokenizer, plot, logs and checkpoints."})
+    preset: str = field(default="gpt-tiny", metadata={"help": "A named model shape, see hf_mics/presets.py."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "Instead: config.json, a folder with one, or a hub name; any causal model."}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or hub name; default: train one."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Of the trained one; default: the model's."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence; default: the model's context."}
+    )
+    max_steps: int = field(default=300, metadata={"help": "Optimizer steps, those of a resumed run included."})
+    per_device_batch_size: int = field(default=4, metadata={"help": "Sequences per micro-step."})
+    gradient_accumulation_steps: int = field(default=2, metadata={"help": "Micro-steps per optimizer step."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak; default: the preset's, or 3e-4."})
+    warmup_steps: int = field(default=20, metadata={"help": "Optimizer steps of linear warm-up before the cosine."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Of matrices; norms and biases have none."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    logging_steps: int = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    eval_steps: int = field(default=100, metadata={"help": "Evaluate every so many optimizer steps, and at the end."})
+    max_eval_blocks: int = field(default=256, metadata={"help": "Sequences to evaluate on, all processes together."})
+    save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many optimizer steps; 0: never."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint folder, or 'latest'."})
+    report_to: str = field(default="tensorboard", metadata={"help": "Any tracker of Accelerate's, 'all' or 'none'."})
+    seed: int = field(default=0, metadata={"help": "Of the weights and of the order of the data."})
+
+
+@torch.no_grad()
+def evaluate(accelerator: MiCSAccelerator, model, loader: DataLoader, metric) -> dict[str, float]:
+    """Returns mean loss and perplexity of the validation blocks on the main process, an empty dict on the others."""
+    model.eval()
+    for batch in loader:
+        targets = batch["input_ids"][:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
+        # Gathered per sequence: the duplicates that fill up the last batch are dropped, and nothing is counted twice.
+        losses = accelerator.gather_for_metrics(losses)
+        if accelerator.is_main_process:
+            metric.add_batch(loss_nats_per_token=losses.tolist(), num_tokens=[targets.shape[1]] * len(losses))
+    model.train()
+    return metric.compute() if accelerator.is_main_process else {}
+
+
+def load_data(args: PretrainArguments, text_args: TextArguments):
+    """Returns the model's configuration, the tokenizer, and the training and validation loaders."""
+    config = load_model_config(args.model_config) if args.model_config else gpt_config(args.preset)
+    text = main_process_first(partial(load_text, text_args))
+    documents = iterate_documents(text["train"], text_args.text_column)
+    tokenizer = load_or_train_tokenizer(args.tokenizer, documents, "bpe", args.vocab_size or config.vocab_size)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    block_size = args.block_size or config.max_position_embeddings
+    train, validation = (
+        main_process_first(partial(pack, text[split], tokenizer, block_size, text_args.text_column))
+        for split in ("train", "validation")
+    )
+    make_loader = partial(DataLoader, batch_size=args.per_device_batch_size, collate_fn=default_data_collator)
+    if text_args.streaming:
+        train_loader = make_loader(train.shuffle(seed=args.seed, buffer_size=1000))
+    else:
+        # Its own generator: else iterating draws from the one that dropout uses, and a resumed run differs.
+        train_loader = make_loader(train, shuffle=True, generator=torch.Generator())
+    return config, tokenizer, block_size, train_loader, make_loader(validation.take(args.max_eval_blocks))
+
+
+def build_optimizer(args: PretrainArguments, model):
+    """Returns AdamW, which decays matrices but no norms and biases, and its schedule."""
+    preset_lr = 3e-4 if args.model_config else find_gpt_preset(args.preset).learning_rate
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate or preset_lr, betas=(0.9, 0.95))
+    return optimizer, get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
+
+
+def save(accelerator: MiCSAccelerator, model, tokenizer, progress: Progress, output_dir: Path) -> None:
+    """Writes a normal Hugging Face folder and the plot: gathering the weights takes every rank, writing only one."""
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(model)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(output_dir / "model", state_dict=weights)
+        tokenizer.save_pretrained(output_dir / "model")
+        title = f"GPT pretraining under MiCS ({model.num_parameters() / 1e6:,.1f}M parameters)"
+        plot_losses(progress.train_loss, progress.validation_loss, output_dir / "loss.png", title)
+    (first_step, first), (last_step, last) = progress.train_loss[0], progress.train_loss[-1]
+    accelerator.print(
+        f"Training loss in nats per token: {first:.3f} (step {first_step}), {last:.3f} (step {last_step})"
+    )
+    accelerator.print(f"Model: {output_dir / 'model'}\nPlot: {output_dir / 'loss.png'}")
+    accelerator.end_training()
+
+
+def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: Progress, args: PretrainArguments):
+    """Trains; yields the micro-steps' losses and the gradient norm after each optimizer step, until `max_steps`."""
+    losses: list[torch.Tensor] = []
+    while True:
+        loader.set_epoch(progress.epoch)
+        is_resumed = progress.batch > 0
+        for batch in accelerator.skip_first_batches(loader, progress.batch) if is_resumed else loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch, labels=batch["input_ids"]).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+            progress.batch += 1
+            if accelerator.sync_gradients:
+                scheduler.step()
+                progress.step += 1
+                yield losses, grad_norm
+                losses = []
+                if progress.step >= args.max_steps:
+                    return
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
+def main() -> None:
+    """Trains, evaluates, logs, saves."""
+    text_args, args = HfArgumentParser((TextArguments, PretrainArguments)).parse_args_into_dataclasses()
+    output_dir = Path(args.output_dir)
+    # Windows may straddle epochs: each has the same number of micro-steps, and every token the same weight.
+    window = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False)
+    accelerator = MiCSAccelerator(
+        gradient_accumulation_plugin=window,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output_dir,
+    )
+    resume_from = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, output_dir)
+    set_seed(args.seed)
+    if not accelerator.is_local_main_process:
+        datasets.disable_progress_bars()
+
+    config, tokenizer, block_size, train_loader, validation_loader = load_data(args, text_args)
+    model = AutoModelForCausalLM.from_config(config)
+    model.loss_type = "ForCausalLM"  # transformers infers it from the class's name and warns about "GPT2LMHeadModel"
+    token_flops = flops_per_token(model.num_parameters(), config.num_hidden_layers, config.hidden_size, block_size)
+    optimizer, scheduler = build_optimizer(args, model)
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    validation_loader = accelerator.prepare(validation_loader)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress, scheduler)
+    if resume_from:
+        accelerator.load_state(str(resume_from))
+        accelerator.print(f"Resumed from {resume_from} at step {progress.step}.")
+        if progress.step >= args.max_steps:
+            raise ConfigError(f"Nothing to do: the checkpoint is at step {progress.step}; raise --max_steps.")
+    accelerator.init_trackers("logs", {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()})
+
+    metric = load_metric("perplexity") if accelerator.is_main_process else None
+    micro_step_tokens = args.per_device_batch_size * block_size * accelerator.num_processes
+    bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
+    losses, started_s = [], time.perf_counter()
+    model.train()
+    training = optimizer_steps(accelerator, model, optimizer, scheduler, train_loader, progress, args)
+    for step_losses, grad_norm in training:
+        bar.update()
+        losses += step_losses
+        step, is_last = progress.step, progress.step == args.max_steps
+        is_evaluation = is_last or step % args.eval_steps == 0
+        is_save = args.save_steps > 0 and step % args.save_steps == 0
+        if not (step == 1 or step % args.logging_steps == 0 or is_evaluation or is_save):
+            continue
+
+        loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        num_tokens, seconds = len(losses) * micro_step_tokens, time.perf_counter() - started_s
+        speed = throughput_metrics(num_tokens, seconds, token_flops, accelerator.num_processes)
+        metrics = {
+            "train/loss_nats_per_token": loss,
+            "train/grad_norm": grad_norm.item(),
+            "train/learning_rate": scheduler.get_last_lr()[0],
+            **{f"train/{name}": value for name, value in speed.items()},
+        }
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed['tokens_per_s']:,.0f} tokens/s")
+        progress.train_loss.append((step, loss))
+        if is_evaluation:
+            result = evaluate(accelerator, model, validation_loader, metric)
+            metrics |= {f"validation/{name}": value for name, value in result.items()}
+            if accelerator.is_main_process:
+                progress.validation_loss.append((step, result["loss_nats_per_token"]))
+                bar.write(f"step {step}: loss {loss:.3f}, validation perplexity {result['perplexity']:.1f}")
+        accelerator.log(metrics, step=step)
+        if is_save:
+            accelerator.save_state(str(checkpoint_path(output_dir, step)))
+        losses, started_s = [], time.perf_counter()
+    bar.close()
+    save(accelerator, model, tokenizer, progress, output_dir)
+
+
+if __name__ == "__main__":
+    main()

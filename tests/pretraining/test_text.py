@@ -1,0 +1,154 @@
+"""Does text from every source become full blocks without loss, and bad text an error that says what to do?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerFast
+
+from hf_mics.errors import ConfigError
+from hf_mics.pretraining.corpus import load_embedded_corpus
+from hf_mics.pretraining.text import TextArguments, iterate_documents, load_text, pack
+from hf_mics.pretraining.tokenization import train_byte_level_bpe, train_wordpiece
+
+LINES = [f"Sentence number {number} has a few words in it." for number in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_byte_level_bpe(LINES, 300)
+
+
+def write(path: Path, lines: list[str] = LINES) -> str:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    elif path.suffix == ".parquet":
+        Dataset.from_dict({"text": lines}).to_parquet(path)
+    elif path.suffix == ".csv":
+        Dataset.from_dict({"text": lines}).to_csv(path, index=False)
+    else:
+        path.write_text("\n".join(lines))
+    return str(path)
+
+
+def texts(dataset) -> list[str]:
+    return [row["text"] for row in dataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_local_files_give_every_document_once(tmp_path: Path, suffix: str, streaming: bool):
+    arguments = TextArguments(train_file=[write(tmp_path / f"a{suffix}")], streaming=streaming, validation_documents=4)
+    splits = load_text(arguments)
+    assert isinstance(splits["train"], IterableDataset) == streaming
+    assert len(texts(splits["validation"])) == 4
+    assert sorted(texts(splits["train"]) + texts(splits["validation"])) == sorted(LINES)
+
+
+def test_text_with_blank_lines_is_read_by_paragraphs(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\nstill one\n\ntwo\n\nthree")
+    splits = load_text(TextArguments(train_file=[str(file)], validation_documents=1))
+    assert sorted(texts(splits["train"]) + texts(splits["validation"])) == ["one\nstill one", "three", "two"]
+
+
+def test_validation_file_is_used_as_it_is(tmp_path: Path):
+    held_out = write(tmp_path / "b.txt", ["held out", "also held out"])
+    splits = load_text(TextArguments(train_file=[write(tmp_path / "a.txt")], validation_file=[held_out]))
+    assert texts(splits["train"]) == LINES
+    assert texts(splits["validation"]) == ["held out", "also held out"]
+
+
+def test_held_out_documents_are_the_same_ones_every_time(tmp_path: Path):
+    file = write(tmp_path / "a.txt")
+    first, second = (texts(load_text(TextArguments(train_file=[file]))["validation"]) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_packing_keeps_every_token_in_order_but_the_last_block(tokenizer: PreTrainedTokenizerFast, streaming: bool):
+    dataset = Dataset.from_dict({"text": [*LINES[:20], "", "   ", *LINES[20:]]})
+    blocks = list(pack(dataset.to_iterable_dataset() if streaming else dataset, tokenizer, 16))
+    stream = [token for line in LINES for token in [*tokenizer.encode(line), tokenizer.eos_token_id]]
+    assert all(len(block["input_ids"]) == 16 for block in blocks)
+    assert [token for block in blocks for token in block["input_ids"]] == stream[: len(stream) // 16 * 16]
+
+
+def test_packing_for_bert_frames_every_block():
+    tokenizer = train_wordpiece(LINES, 200)
+    blocks = pack(Dataset.from_dict({"text": LINES}), tokenizer, 16)["input_ids"]
+    inner = [token for line in LINES for token in [*tokenizer.encode(line, add_special_tokens=False), 3]]
+    assert tokenizer.sep_token_id == 3
+    assert {(block[0], block[-1]) for block in blocks} == {(tokenizer.cls_token_id, tokenizer.sep_token_id)}
+    assert [token for block in blocks for token in block[1:-1]] == inner[: len(inner) // 14 * 14]
+
+
+def test_tokenizer_documents_can_be_gone_through_twice():
+    documents = iterate_documents(Dataset.from_dict({"text": ["a", None, "b"]}), "text")
+    assert list(documents) == list(documents) == ["a", "", "b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_embedded_corpus_is_the_default(streaming: bool):
+    splits = load_text(TextArguments(streaming=streaming))
+    assert isinstance(splits["train"], IterableDataset) == streaming
+    assert next(iter(splits["train"])) == {"text": load_embedded_corpus()["train"][0]["text"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.txt", None, "No such text file: .*missing.txt"),
+        ("empty.txt", "", "empty.txt is empty"),
+        ("blank.csv", "text\n", "No documents|Cannot read"),
+        (
+            "columns.jsonl",
+            '{"body": "x", "title": "y"}\n' * 4,
+            "expected a column 'text', got body, title.*--text_column",
+        ),
+        ("broken.jsonl", "{not json", "Cannot read .*broken.jsonl as json"),
+        ("picture.png", "x", "one kind of .txt"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_files_are_refused(tmp_path: Path, name: str, content: str | None, expected: str, streaming: bool):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        load_text(TextArguments(train_file=[str(tmp_path / name)], streaming=streaming))
+
+
+def test_one_document_cannot_be_split(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"at least 2, got 1.*--validation_file"):
+        load_text(TextArguments(train_file=[write(tmp_path / "a.txt", ["one"])]))
+
+
+def test_stream_that_ends_in_the_held_out_documents_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"Nothing left to train on.*--validation_documents"):
+        load_text(TextArguments(train_file=[write(tmp_path / "a.txt")], streaming=True, validation_documents=40))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_block_longer_than_the_corpus_is_refused_with_its_size(tokenizer: PreTrainedTokenizerFast, streaming: bool):
+    dataset = Dataset.from_dict({"text": ["Sentence number 1."]})
+    num_tokens = len(tokenizer.encode("Sentence number 1.")) + 1  # and the end of text
+    with pytest.raises(ConfigError, match=f"at least one block of 4096 tokens, got {num_tokens} tokens"):
+        pack(dataset.to_iterable_dataset() if streaming else dataset, tokenizer, 4096)
+
+
+def test_two_sources_are_refused():
+    with pytest.raises(ConfigError, match=r"--dataset_name or --train_file"):
+        TextArguments(dataset_name="a/b", train_file=["c.txt"])
+
+
+def test_unknown_hub_data_set_is_refused_offline():
+    with pytest.raises(ConfigError, match=r"Cannot load the data set 'nobody/nothing'"):
+        load_text(TextArguments(dataset_name="nobody/nothing"))

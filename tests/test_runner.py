@@ -1,0 +1,125 @@
+"""Does `python -m hf_mics` put unchanged scripts under MiCS, and otherwise behave as python does?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(__file__).parent / "assets"
+CONFIG = ROOT / "recipes" / "configs" / "cpu_2x2.yaml"
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=180
+    )
+
+
+def launch(tmp_path: Path, *command: str | Path) -> list[dict]:
+    """Launches a script on 4 ranks as a user would, and returns each rank's counts."""
+    result = run(
+        *("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0"),
+        *(ASSETS / "run_and_report.py", tmp_path, *command),
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stderr.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == 1
+    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
+    assert all(len(report) == 1 for report in reports)
+    return [report[0] for report in reports]
+
+
+def test_accelerate_script_with_accumulate_runs_hop_2_once_per_optimizer_step(tmp_path: Path) -> None:
+    for counts in launch(tmp_path, ASSETS / "accelerate_causal.py", "--epochs", "2"):
+        # 40 rows on 4 ranks in batches of 2 are 5 micro-steps an epoch: windows of 2, 2 and 1.
+        assert counts["topology"] == [4, 4, 2]
+        assert counts["all_reduce/replication"] == 2 * 3 * counts["units"]
+        assert counts["reduce_scatter/partition"] == 2 * 5 * counts["units"]
+
+
+def test_accelerate_script_with_no_sync_by_hand_runs_hop_2_once_per_optimizer_step(tmp_path: Path) -> None:
+    for counts in launch(tmp_path, ASSETS / "accelerate_classifier.py", tmp_path / "state"):
+        assert counts["all_reduce/replication"] == 3 * counts["units"]
+        assert counts["reduce_scatter/partition"] == 3 * 4 * counts["units"]
+
+
+def test_trainer_script_runs_hop_2_once_per_optimizer_step(tmp_path: Path) -> None:
+    for counts in launch(tmp_path, ASSETS / "trainer_causal.py", tmp_path / "out"):
+        # 72 rows on 4 ranks in batches of 2 are 9 micro-steps an epoch: four windows of 2 and one of 1.
+        assert counts["all_reduce/replication"] == 2 * 5 * counts["units"]
+        assert counts["reduce_scatter/partition"] == 2 * 9 * counts["units"]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "tool").mkdir()
+    (folder / "tool" / "__init__.py").write_text("")
+    show = "import json, sys\nprint(json.dumps([sys.argv, __name__, sys.path[0], sys.modules['__main__'].__name__]))\n"
+    (folder / "tool" / "show.py").write_text(show)
+    (folder / "show.py").write_text(show + "import accelerate; print(accelerate.Accelerator.knows_mics)\nsys.exit(7)\n")
+    (folder / "eager").mkdir()
+    (folder / "eager" / "__init__.py").write_text("from accelerate import Accelerator\n")
+    (folder / "eager" / "run.py").write_text("from eager import Accelerator; print(Accelerator.knows_mics)\n")
+    (folder / "plugin.py").write_text(
+        "from accelerate import Accelerator\n"
+        "from accelerate.utils import FullyShardedDataParallelPlugin\n"
+        "a = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=False))\n"
+        "print(a.mics_plugin.settings(), a.mics_plugin.reshard_after_forward)\n"
+    )
+    (folder / "fail.py").write_text("def inner():\n    raise KeyError('mine')\n\ninner()\n")
+    return folder
+
+
+def test_script_sees_its_own_argv_and_name_and_sets_the_exit_code(package: Path) -> None:
+    ours = run("-m", "hf_mics", "--partition-size", "2", package / "show.py", "--partition-size", "x", "-m")
+    alone = run(package / "show.py", "--partition-size", "x", "-m")
+    assert ours.returncode == 7
+    assert ours.stdout.splitlines()[0] == alone.stdout.splitlines()[0]
+    assert ours.stdout.splitlines()[1] == "True"
+
+
+def test_module_runs_as_under_python_m(package: Path) -> None:
+    ours = run("-m", "hf_mics", "-m", "tool.show", "a", cwd=package)
+    alone = run("-m", "tool.show", "a", cwd=package)
+    assert ours.returncode == 0, ours.stderr
+    assert ours.stdout == alone.stdout
+
+
+def test_module_whose_package_imports_accelerator_early_gets_the_mics_one(package: Path) -> None:
+    result = run("-m", "hf_mics", "-m", "eager.run", cwd=package)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_flags_hold_when_the_script_brings_accelerates_own_fsdp_plugin(package: Path) -> None:
+    result = run("-m", "hf_mics", "--flat", "--gradient-wire-dtype", "float32", package / "plugin.py")
+    expected = {"partition_size": None, "node_size": None, "hierarchical": False, "gradient_wire_dtype": "float32"}
+    assert result.stdout == f"{expected} False\n", result.stderr
+
+
+def test_traceback_starts_in_the_script(package: Path) -> None:
+    ours = run("-m", "hf_mics", package / "fail.py")
+    alone = run(package / "fail.py")
+    assert ours.returncode == alone.returncode == 1
+    assert ours.stderr[ours.stderr.index("Traceback") :] == alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "no script given"),
+        (("nowhere.py",), "can't open script 'nowhere.py'"),
+        (("-m", "no.such.module"), "no module named 'no.such.module'"),
+        (("--gradient-wire-dtype", "int8", __file__), "gradient_wire_dtype must be one of auto, float32, bfloat16"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_says_why(arguments: tuple[str, ...], expected: str) -> None:
+    result = run("-m", "hf_mics", *arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr

@@ -1,0 +1,503 @@
+"""Does an accumulation window end in the gradients of one process, whatever the training loop does in it?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_mics import remove_mics
+from hf_mics.errors import WindowError
+from tests.on_ranks import Layout, on_ranks
+from tests.toy import (
+    Net,
+    Pair,
+    adamw,
+    assert_close,
+    assert_hop_2_calls,
+    batch,
+    gradients,
+    loss_of,
+    my_part,
+    weights,
+    whole,
+)
+
+TWO_REPLICAS = Layout(4, 2, 2)
+SPANNING = Layout(4, 2, 4)
+DATA_PARALLEL = Layout(4, 2, 1)
+LAYOUTS = (TWO_REPLICAS, SPANNING, DATA_PARALLEL)
+UNITS = 4  # three layers and the root
+
+
+# -- hop 2 exactly once ------------------------------------------------------------------------------------------------
+
+
+@on_ranks(*LAYOUTS)
+def test_hop_2_runs_once_per_unit_and_step_under_set_requires_gradient_sync(layout: Layout):
+    pair = Pair(layout)
+    for step in range(3):
+        pair.engine.meter.reset()
+        for micro in range(3):
+            assert pair.hop_2_calls == 0, "hop 2 before the last micro-step"
+            pair.backward(step, micro, of=3)
+        assert_hop_2_calls(pair, UNITS)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_hop_2_runs_once_per_unit_and_step_under_set_requires_all_reduce(layout: Layout):
+    pair = Pair(layout)
+    for step in range(2):
+        pair.engine.meter.reset()
+        for micro in range(3):
+            assert pair.hop_2_calls == 0
+            rows = batch(step, micro, layout.world)
+            pair.mics.set_requires_all_reduce(micro == 2)
+            (loss_of(pair.mics, my_part(rows)) / 3).backward()
+            (loss_of(pair.twin, rows) / 3).backward()
+        assert_hop_2_calls(pair, UNITS)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(*LAYOUTS)
+def test_hop_2_runs_once_per_unit_and_step_without_accumulation(layout: Layout):
+    pair = Pair(layout)
+    for step in range(3):
+        pair.engine.meter.reset()
+        rows = batch(step, 0, layout.world)
+        loss_of(pair.mics, my_part(rows)).backward()  # a plain loop never calls set_requires_gradient_sync
+        loss_of(pair.twin, rows).backward()
+        assert_hop_2_calls(pair, UNITS)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_windows_of_different_lengths_follow_each_other(layout: Layout):
+    pair = Pair(layout)
+    for step, micro_steps in enumerate((3, 1, 2, 1, 4)):
+        pair.engine.meter.reset()
+        pair.window(step, micro_steps)
+        assert_hop_2_calls(pair, UNITS)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(*LAYOUTS)
+def test_the_gradient_norm_is_that_of_one_process(layout: Layout):
+    pair = Pair(layout)
+    for step in range(2):
+        pair.window(step)
+        expected = torch.nn.utils.clip_grad_norm_(pair.twin.parameters(), 0.1)
+        got = whole(torch.nn.utils.clip_grad_norm_(pair.mics.parameters(), 0.1))
+        assert expected > 0.1, "nothing was clipped"
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+# -- between micro-steps -----------------------------------------------------------------------------------------------
+
+
+@on_ranks(*LAYOUTS)
+def test_gradients_stay_sharded_between_micro_steps(layout: Layout):
+    """A rank holds 1/p of the gradients, padding aside, and what it holds is the partition group's partial average."""
+    pair, p = Pair(layout), layout.partition
+    first = dist.get_rank() // p * p
+    for micro in range(2):
+        pair.backward(0, micro, of=3, twin=False)
+        ours = torch.cat(batch(0, micro, layout.world).chunk(layout.world)[first : first + p])
+        (loss_of(pair.twin, ours) / 3).backward()
+        pair.assert_same_gradients()
+        for parameter in pair.mics.parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.to_local().shape == parameter.to_local().shape
+        storages = {}
+        for unit in pair.engine.units:
+            storages.update({t.untyped_storage().data_ptr(): t.untyped_storage() for t in unit.gradient_tensors()})
+        held = sum(storage.nbytes() for storage in storages.values())
+        padded = sum(-(-q.shape[0] // p) * q[0].numel() * 4 for q in pair.twin.parameters() if q.grad is not None)
+        assert held == padded, (held, padded)
+
+
+@on_ranks(TWO_REPLICAS)
+def test_stock_fsdp2_would_hold_whole_gradients_there(layout: Layout):
+    """What the test above would see without the feature: its own sharp edge."""
+    pair = Pair(layout)
+    remove_mics(pair.mics)
+    pair.backward(0, 0, of=3)
+    assert all(p.grad is None for p in pair.mics.parameters())
+    held = sum(t.nbytes for unit in pair.engine.units for t in unit.gradient_tensors())
+    assert held == sum(p.grad.nbytes for p in pair.twin.parameters() if p.grad is not None)
+
+
+@on_ranks(TWO_REPLICAS)
+def test_an_optimizer_step_in_mid_window_is_refused_on_every_rank(layout: Layout):
+    pair = Pair(layout)
+    pair.backward(0, 0, of=2)
+    before = weights(pair.mics)
+    with pytest.raises(WindowError, match=r"optimizer step in mid-window: .*4 units"):
+        pair.optimizer.step()
+    assert_close(weights(pair.mics), before, tolerance=0.0)
+    pair.backward(0, 1, of=2)
+    pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_the_cure_that_the_refusal_names_works(layout: Layout):
+    """ "call zero_grad() to drop an unfinished window": then a step has nothing to apply, as in one process."""
+    pair = Pair(layout)
+    pair.backward(0, 0, of=2)
+    pair.zero_grad()
+    pair.optimizer.step()
+    pair.twin_optimizer.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_another_models_optimizer_may_step_in_mid_window(layout: Layout):
+    pair, other = Pair(layout), Pair(layout)
+    pair.backward(0, 0, of=2)
+    other.window(0)
+    other.step()
+    other.assert_same_weights()
+    pair.backward(0, 1, of=2)
+    pair.assert_same_gradients()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_evaluation_between_and_inside_windows_disturbs_nothing(layout: Layout):
+    pair = Pair(layout)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            expected = loss_of(pair.twin, batch(9, 9, layout.world))
+            got = loss_of(pair.mics, batch(9, 9, layout.world))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+    for step in range(2):
+        evaluate()
+        pair.engine.meter.reset()
+        for micro in range(3):
+            if micro:
+                evaluate()
+            pair.backward(step, micro, of=3)
+        assert_hop_2_calls(pair, UNITS)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_forward_that_never_runs_backward_disturbs_nothing(layout: Layout):
+    """A loss computed for the log without no_grad, in every micro-step and in the one that closes the window."""
+    pair = Pair(layout)
+    for step in range(2):
+        pair.engine.meter.reset()
+        for micro in range(3):
+            loss_of(pair.mics, my_part(batch(8, 8, layout.world)))
+            pair.backward(step, micro, of=3)
+        assert_hop_2_calls(pair, UNITS)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_gradients_that_are_scaled_in_mid_window_stay_scaled(layout: Layout):
+    """What stands in `param.grad` is the partial sum itself."""
+    pair = Pair(layout)
+    pair.backward(0, 0, of=2)
+    for model in (pair.mics, pair.twin):
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.25)
+    pair.backward(0, 1, of=2)
+    pair.assert_same_gradients()
+
+
+# -- abandoned windows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("whose", ["optimizer", "model"])
+@on_ranks(*LAYOUTS)
+def test_an_abandoned_window_leaks_nothing_after_zero_grad(layout: Layout, whose: str, set_to_none: bool):
+    pair = Pair(layout)
+    pair.window(0)
+    pair.step()
+    pair.backward(1, 0, of=3)
+    pair.backward(1, 1, of=3)
+    owners = (pair.optimizer, pair.twin_optimizer) if whose == "optimizer" else (pair.mics, pair.twin)
+    for owner in owners:
+        owner.zero_grad(set_to_none=set_to_none)
+    pair.window(2)
+    pair.assert_same_gradients()
+    pair.step()
+    pair.assert_same_weights()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@on_ranks(TWO_REPLICAS)
+def test_an_abandoned_window_leaks_nothing_beside_an_earlier_finished_gradient(layout: Layout, set_to_none: bool):
+    """No zero_grad after the first window: its gradient stands in `param.grad` when the second is abandoned."""
+    pair = Pair(layout)
+    pair.window(0)
+    pair.backward(1, 0, of=3)
+    pair.zero_grad(set_to_none)
+    pair.window(2)
+    pair.assert_same_gradients()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@on_ranks(TWO_REPLICAS)
+def test_an_abandoned_window_of_a_pure_bf16_model_leaks_nothing(layout: Layout, set_to_none: bool):
+    """Nothing but the second window may show in the gradient, to the bit."""
+    build = lambda: Net().bfloat16()  # noqa: E731
+    fresh, pair = Pair(layout, build=build), Pair(layout, build=build)
+    pair.backward(1, 0, of=3)
+    pair.zero_grad(set_to_none)
+    pair.window(2)
+    fresh.window(2)
+    expected, got = gradients(fresh.mics), gradients(pair.mics)
+    assert all(torch.equal(got[name], grad) for name, grad in expected.items())
+
+
+@on_ranks(*LAYOUTS)
+def test_an_abandoned_window_leaks_nothing_after_reset_iter_state(layout: Layout):
+    pair = Pair(layout)
+    pair.backward(1, 0, of=3)
+    pair.backward(1, 1, of=3)
+    pair.mics.reset_iter_state()
+    pair.twin_optimizer.zero_grad()
+    pair.window(2)
+    pair.assert_same_gradients()
+    pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_reset_iter_state_leaves_no_partial_gradient_on_a_layer_that_is_skipped_afterwards(layout: Layout):
+    pair = Pair(layout)
+    pair.backward(1, 0, of=3)
+    pair.mics.reset_iter_state()
+    pair.twin_optimizer.zero_grad()
+    pair.window(2, run=(0, 2))
+    pair.assert_same_gradients()
+    pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_layer_that_only_an_abandoned_window_used_ends_without_a_gradient(layout: Layout):
+    pair = Pair(layout, optimizer=adamw)
+    pair.backward(1, 0, of=3)
+    pair.zero_grad()
+    pair.window(2, run=(0, 2))
+    pair.assert_same_gradients()
+    pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_drop_window_forgets_what_zero_grad_would(layout: Layout):
+    pair = Pair(layout)
+    pair.backward(1, 0, of=3)
+    assert pair.engine.schedule.has_open_window
+    pair.engine.schedule.drop_window()
+    assert not pair.engine.schedule.has_open_window
+    assert all(p.grad is None for p in pair.mics.parameters())
+    pair.twin_optimizer.zero_grad()
+    pair.window(2)
+    pair.assert_same_gradients()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@on_ranks(*LAYOUTS)
+def test_zero_grad_of_half_of_the_parameters_in_mid_window_drops_these_only(layout: Layout, set_to_none: bool):
+    pair = Pair(layout)
+    halves = [list(model.parameters())[::2] for model in (pair.mics, pair.twin)]
+    half_optimizers = [torch.optim.SGD(half, lr=0.1) for half in halves]
+    for step in range(2):
+        pair.backward(step, 0, of=3)
+        pair.backward(step, 1, of=3)
+        for optimizer in half_optimizers:
+            optimizer.zero_grad(set_to_none)
+        pair.backward(step, 2, of=3)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_parameter_dropped_in_mid_window_and_not_used_again_ends_without_a_gradient(layout: Layout):
+    pair = Pair(layout)
+    pair.backward(0, 0, of=2)
+    for model in (pair.mics, pair.twin):
+        for parameter in model.layers[1].parameters():
+            parameter.grad = None
+    pair.backward(0, 1, of=2, run=(0, 2))
+    pair.assert_same_gradients()
+
+
+@on_ranks(*LAYOUTS)
+def test_one_of_a_units_parameters_dropped_and_not_used_again_ends_without_a_gradient(layout: Layout):
+    """Its place in the packed sum is reduced as zeros, which must not become a gradient for AdamW to decay by."""
+    pair = Pair(layout, build=HeadNet, optimizer=adamw)
+    pair.backward(0, 0, of=2, run="ab")
+    for model in (pair.mics, pair.twin):
+        model.layers[0].b.zero_grad()
+    pair.backward(0, 1, of=2, run="a")
+    pair.assert_same_gradients()
+    pair.step()
+    assert torch.equal(weights(pair.mics)["layers.0.b.weight"], pair.start["layers.0.b.weight"])
+
+
+@on_ranks(*LAYOUTS)
+def test_windows_add_up_without_zero_grad_between_them(layout: Layout):
+    pair = Pair(layout)
+    for step in range(3):
+        pair.window(step, 2)
+        pair.assert_same_gradients()
+        pair.optimizer.step()
+        pair.twin_optimizer.step()
+    pair.assert_same_weights()
+
+
+# -- parameters that are not always used -------------------------------------------------------------------------------
+
+SKIPS = {
+    "last": [(0, 1, 2), (0, 1, 2), (0, 2)],
+    "first": [(0, 2), (0, 1, 2), (0, 1, 2)],
+    "middle": [(0, 1, 2), (1,), (0, 1, 2)],
+    "a-different-one-each-time": [(1, 2), (0, 2), (0, 1)],
+    "all-but-first-micro-step": [(0, 1, 2), (), ()],
+    "one-throughout": [(0, 2), (0, 2), (0, 2)],
+}
+
+
+@pytest.mark.parametrize("runs", SKIPS.values(), ids=SKIPS)
+@on_ranks(*LAYOUTS)
+def test_a_layer_skipped_in_some_micro_steps_gets_the_gradient_of_one_process(layout: Layout, runs: list[Any]):
+    pair = Pair(layout)
+    used = len(set().union(*runs)) + 1
+    for step in range(2):
+        pair.engine.meter.reset()
+        for micro, run in enumerate(runs):
+            pair.backward(step, micro, of=3, run=run)
+        assert_hop_2_calls(pair, used)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()
+
+
+class HeadLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(7, 3), nn.Linear(7, 5), nn.Linear(7, 1)
+
+    def forward(self, x: torch.Tensor, run: str) -> torch.Tensor:
+        return torch.cat([getattr(self, name)(x) for name in run], dim=1)
+
+
+class HeadNet(nn.Module):
+    """Three heads in one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([HeadLayer()])
+        self.scale = nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, x: torch.Tensor, run: str) -> torch.Tensor:
+        return self.layers[0](x * self.scale, run)
+
+
+@pytest.mark.parametrize(
+    "runs", [("a", "b", "c"), ("c", "b", "a"), ("ab", "bc", "b"), ("b", "b", "c"), ("abc", "a", "a")]
+)
+@on_ranks(*LAYOUTS)
+def test_parameters_of_one_unit_may_be_used_in_different_micro_steps(layout: Layout, runs: tuple[str, ...]):
+    """FSDP2 alone packs partial sums by position and would add up the gradients of different parameters."""
+    pair = Pair(layout, build=HeadNet, optimizer=adamw)
+    for step in range(2):
+        for micro, run in enumerate(runs):
+            pair.backward(step, micro, of=3, run=run)
+        pair.assert_same_gradients()
+        pair.zero_grad()
+
+
+@on_ranks(*LAYOUTS)
+def test_weight_decay_does_not_touch_a_parameter_that_was_never_used(layout: Layout):
+    pair = Pair(layout, optimizer=adamw)
+    for step in range(2):
+        pair.window(step, run=(0, 2))
+        pair.assert_same_gradients()
+        pair.step()
+    end = weights(pair.mics)
+    for name, start in pair.start.items():
+        untouched = "unused" in name or "never" in name or "layers.1" in name
+        assert torch.equal(end[name], start) == untouched, name
+
+
+@on_ranks(TWO_REPLICAS)
+def test_weight_decay_does_not_touch_a_parameter_padded_by_a_neighbours_window(layout: Layout):
+    """Head b of a unit is used in the first window only; later ones pad it at most, never decay it."""
+    pair = Pair(layout, build=HeadNet, optimizer=adamw)
+    pair.window(0, run="ab")
+    pair.step()
+    after_first = weights(pair.mics)
+    for step in range(1, 3):
+        for micro, run in enumerate(("a", "c", "a")):
+            pair.backward(step, micro, of=3, run=run)
+        pair.assert_same_gradients()
+        pair.step()
+    end = weights(pair.mics)
+    for name, weight in after_first.items():
+        assert torch.equal(end[name], weight) == (".b." in name), name
+
+
+@on_ranks(*LAYOUTS)
+def test_frozen_parameters_stay_as_they_are_and_the_others_train(layout: Layout):
+    def frozen() -> nn.Module:
+        net = Net()
+        net.layers[1].requires_grad_(False)
+        net.layers[0].a.requires_grad_(False)
+        net.first.requires_grad_(False)
+        return net
+
+    pair = Pair(layout, build=frozen, optimizer=adamw)
+    for step in range(2):
+        pair.engine.meter.reset()
+        pair.window(step)
+        assert_hop_2_calls(pair, 3)
+        pair.assert_same_gradients()
+        pair.step()
+    end = weights(pair.mics)
+    for name, parameter in pair.twin.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(end[name], pair.start[name]), name
+
+
+@on_ranks(TWO_REPLICAS)
+def test_layers_may_be_frozen_and_unfrozen_between_windows(layout: Layout):
+    pair = Pair(layout)
+    for step, trainable in enumerate((True, False, True)):
+        for model in (pair.twin, pair.mics):
+            model.layers[1].requires_grad_(trainable)
+            model.layers[2].a.requires_grad_(trainable)
+        pair.window(step)
+        pair.assert_same_gradients()
+        pair.step()
+    pair.assert_same_weights()

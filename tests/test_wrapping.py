@@ -1,0 +1,142 @@
+"""Which modules become units, on a tiny model of every architecture that `scripts/breadth` trains?"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from hf_mics.errors import ConfigError
+from hf_mics.plugin import MiCSPlugin
+from hf_mics.sharding import checkpoint_activations
+from hf_mics.wrapping import WrapPlan, class_name, plan_units
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from _architectures import ARCHITECTURES, build
+
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@functools.cache
+def model_of(name: str) -> nn.Module:
+    return build(name)
+
+
+def units_of(plan: WrapPlan) -> list[tuple[str, nn.Module]]:
+    return plan.layers + plan.embeddings + plan.heads
+
+
+def names_of(plan: WrapPlan) -> list[str]:
+    return sorted(name for name, _ in plan.layers)
+
+
+@every_architecture
+def test_no_unit_shares_a_parameter_with_a_module_outside_of_it(name):
+    model = model_of(name)
+    for unit_name, unit in units_of(plan_units(model)):
+        members = set(unit.modules())
+        inside = {id(p) for p in unit.parameters()}
+        outside = {id(p) for m in model.modules() if m not in members for p in m.parameters(recurse=False)}
+        assert not inside & outside, unit_name
+
+
+@every_architecture
+def test_every_unit_holds_parameters_and_none_is_chosen_twice(name):
+    units = units_of(plan_units(model_of(name)))
+    assert all(any(True for _ in unit.parameters()) for _, unit in units)
+    assert len({id(unit) for _, unit in units}) == len(units)
+
+
+@every_architecture
+def test_inner_units_come_first(name):
+    layers = [layer for _, layer in plan_units(model_of(name)).layers]
+    for position, layer in enumerate(layers):
+        assert not any(later in set(layer.modules()) for later in layers[position + 1 :])
+
+
+@every_architecture
+def test_repeated_layers_are_found_in_all_but_albert_which_has_one(name):
+    layers = plan_units(model_of(name)).layers
+    assert bool(layers) == (name != "albert")
+
+
+@every_architecture
+def test_checkpointed_model_gets_the_same_layers(name):
+    plain_names = names_of(plan_units(model_of(name)))
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=MiCSPlugin(activation_checkpointing=True)))
+    wrapped = checkpoint_activations(accelerator, build(name))
+    wrapped_names = names_of(plan_units(wrapped))
+    assert sorted(found.replace("._checkpoint_wrapped_module", "") for found in wrapped_names) == plain_names
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta"])
+def test_bert_needs_no_hint(name):
+    plan = plan_units(model_of(name))
+    assert [layer_name.rpartition(".")[2] for layer_name in names_of(plan)] == ["0", "1", "2"]
+    assert {class_name(layer).removesuffix("Layer") for _, layer in plan.layers} <= {"Bert", "Roberta", "XLMRoberta"}
+    assert not plan.embeddings
+    assert not plan.heads
+    assert any("Embeddings" in reason for reason in plan.skipped)
+
+
+def test_stack_that_no_split_modules_forgets_is_found():
+    model = model_of("speech_to_text")
+    assert model._no_split_modules == {"Speech2TextEncoderLayer"}
+    assert {"Speech2TextEncoderLayer", "Speech2TextDecoderLayer"} <= {
+        class_name(layer) for _, layer in plan_units(model).layers
+    }
+
+
+def test_attention_inside_a_layer_is_no_unit_but_layers_inside_a_stage_are():
+    assert {class_name(layer) for _, layer in plan_units(model_of("mbart")).layers} == {
+        "MBartEncoderLayer",
+        "MBartDecoderLayer",
+    }
+    assert {class_name(layer) for _, layer in plan_units(model_of("convnext")).layers} == {
+        "ConvNextLayer",
+        "ConvNextStage",
+    }
+
+
+def test_untied_embedding_and_head_are_units_and_tied_ones_are_not():
+    untied, tied = plan_units(model_of("llama")), plan_units(model_of("gpt2"))
+    assert [name for name, _ in untied.embeddings + untied.heads] == ["model.embed_tokens", "lm_head"]
+    assert not tied.embeddings + tied.heads
+
+
+def test_embedding_whose_weight_the_head_reads_by_function_stays_in_the_root():
+    assert not plan_units(model_of("deberta-v2")).embeddings
+
+
+def test_user_named_classes_win():
+    plan = plan_units(model_of("bert"), class_names=["BertAttention"])
+    assert {class_name(layer) for _, layer in plan.layers} == {"BertAttention"}
+    assert len(plan.layers) == 3
+    assert "BertAttention" in plan.reason
+
+
+def test_user_policy_wins():
+    plan = plan_units(model_of("gpt2"), policy=lambda module: type(module).__name__ == "GPT2MLP")
+    assert {class_name(layer) for _, layer in plan.layers} == {"GPT2MLP"}
+
+
+def test_unknown_class_name_is_refused_with_the_choices():
+    with pytest.raises(ConfigError, match="BertBlock") as caught:
+        plan_units(model_of("bert"), class_names=["BertBlock", "BertLayer"])
+    assert "BertLayer" in str(caught.value)
+    assert "BertForMaskedLM does not contain" in str(caught.value)
+
+
+def test_user_named_class_that_shares_weights_is_left_to_the_root_and_said_so():
+    plan = plan_units(model_of("bert"), class_names=["BertEmbeddings", "BertLayer"])
+    assert {class_name(layer) for _, layer in plan.layers} == {"BertLayer"}
+    assert len(plan.skipped) == 1
+
+
+def test_plain_stack_of_torch_modules_is_cut_at_its_repeated_children():
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2))
+    assert names_of(plan_units(model)) == ["0", "2", "3"]
