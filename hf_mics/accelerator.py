@@ -207,7 +207,8 @@ def _leave_job() -> None:
         return
     if dist.is_initialized():
         dist.destroy_process_group()
-    # The model still holds its groups, so gloo's threads are not joined. One that frees its last tensor while Python
-    # finalizes waits for the GIL and is ended by force, which aborts the process ("terminate called without an active
-    # exception", seen at the end of 1 launch in 10). Sleeping hands it the GIL before that.
+    # The model still holds its groups, so destroying them joins no gloo thread. One that frees the tensors of its last
+    # gather once Python finalizes is ended by force as it takes the GIL, through a C++ destructor, which aborts the
+    # process (torch 2.13, Python 3.11: ProcessGroupGloo::runLoop in the core file; 3 of 46 launches of one script).
+    # Sleeping gives up the GIL while the thread can still have it (0 of 33).
     time.sleep(0.2)
