@@ -1,0 +1,50 @@
+"""What can be asked of hf_mics from a shell? `hf-mics COMMAND ...`
+
+Each command is a module of `hf_mics.commands` with two functions, `add_arguments(parser)` and `run(options)`. Only the
+one that is asked for is imported, so that help is instant and no command waits for another's libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+import hf_mics
+from hf_mics.errors import MiCSError
+
+COMMANDS: dict[str, str] = {}
+"""What each command does, in the words of `hf-mics --help`."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command that `arguments` (default `sys.argv[1:]`) name and returns its exit code.
+
+    A mistake of the user's (a `MiCSError`) is one message on standard error and exit code 2.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    asked = next((word for word in words if not word.startswith("-")), None)
+    options = _parser(asked).parse_args(words)
+    try:
+        code: int | None = options.run(options)
+    except MiCSError as error:
+        print(f"hf-mics {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return code or 0
+
+
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-mics", description=hf_mics.__doc__)
+    parser.add_argument("--version", action="version", version=f"hf-mics {hf_mics.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == asked:
+            module = import_module(f"hf_mics.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
