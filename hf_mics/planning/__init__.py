@@ -1,0 +1,1 @@
+"""Choosing a partition size before a job runs: memory, traffic and time of a workload on a cluster, without GPUs."""
