@@ -1,25 +1,33 @@
 """Which model shapes can be had by name?
 
-Pure values: nothing here imports torch or transformers until a configuration is asked for. The GPT-2 shapes are the
-published ones; `gpt-20b` is the GPT-2 20B of the MiCS evaluation. Learning rates are the peak values that the GPT-3
-paper (arXiv 2005.14165, table 2.1) gives for models of that size; that of `gpt-tiny` was found by trying.
+Pure values: nothing here imports torch or transformers until a configuration is asked for. GPT-2, BERT base and large
+are the published shapes. `gpt-20b`, `bert-10b` to `bert-50b` and `roberta-20b` are those that reproduce the sizes named
+in the MiCS evaluation. Learning rates of GPT models are the peak values of the GPT-3 paper (arXiv 2005.14165, table
+2.1) for models of that size, those of BERT models that of the BERT paper (arXiv 1810.04805, appendix A.2); those of the
+tiny models were found by trying.
+
+A family is a subclass of `Preset` that knows its parameter count in closed form and its transformers configuration; a
+model is an entry of `PRESETS`.
 """
 
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from hf_mics.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+Task: TypeAlias = Literal["causal", "masked"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class GPTPreset:
-    """The shape of a GPT-2 style decoder with tied embeddings.
+class Preset(ABC):
+    """The shape of a transformer with tied embeddings, in the terms that all families share.
 
     Args:
         hidden_size: width of the residual stream (h).
@@ -27,11 +35,15 @@ class GPTPreset:
         num_layers: transformer blocks (L).
         num_heads: attention heads, dividing `hidden_size`.
         vocab_size: token embeddings (V).
-        context_length: position embeddings (s), in tokens.
+        context_length: the longest sequence (s), in tokens.
         learning_rate: peak learning rate of AdamW that suits this size.
-        initializer_range: standard deviation of the initial weights. GPT-2's 0.02 is right near its own widths; at 128
-            a model that starts so small needs twice the steps (perplexity 227 against 115 after 250, tried).
+        initializer_range: standard deviation of the initial weights. GPT-2's and BERT's 0.02 is right near their own
+            widths; at 128 a GPT that starts so small needs twice the steps (perplexity 227 against 115 after 250,
+            tried).
     """
+
+    task: ClassVar[Task]
+    """What the model predicts: the next token, or masked ones."""
 
     hidden_size: int
     ffn_size: int
@@ -43,11 +55,99 @@ class GPTPreset:
     initializer_range: float = 0.02
 
     @property
+    @abstractmethod
     def num_parameters(self) -> int:
-        """Parameters in closed form: embeddings, positions, L blocks of 4h^2 + 2h ffn + 9h + ffn, a final norm."""
+        """Parameters in closed form, tied ones counted once."""
+
+    @abstractmethod
+    def config(self) -> PretrainedConfig:
+        """Builds the transformers configuration: without dropout, which pretraining for a few epochs does not want."""
+
+    @property
+    def _block_parameters(self) -> int:
+        """Of a GPT-2 or BERT block: 4h^2 + 2h ffn, with 9h + ffn for biases and two norms."""
         h, ffn = self.hidden_size, self.ffn_size
-        block = 4 * h * h + 2 * h * ffn + 9 * h + ffn
-        return (self.vocab_size + self.context_length) * h + self.num_layers * block + 2 * h
+        return 4 * h * h + 2 * h * ffn + 9 * h + ffn
+
+
+class GPTPreset(Preset):
+    """A GPT-2 style decoder."""
+
+    task = "causal"
+
+    @property
+    def num_parameters(self) -> int:
+        """Embeddings, positions, blocks, a final norm."""
+        embeddings = (self.vocab_size + self.context_length) * self.hidden_size
+        return embeddings + self.num_layers * self._block_parameters + 2 * self.hidden_size
+
+    def config(self) -> PretrainedConfig:
+        """Builds a `GPT2Config`."""
+        from transformers import GPT2Config
+
+        return GPT2Config(
+            vocab_size=self.vocab_size,
+            n_positions=self.context_length,
+            n_embd=self.hidden_size,
+            n_layer=self.num_layers,
+            n_head=self.num_heads,
+            n_inner=self.ffn_size,
+            initializer_range=self.initializer_range,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            # The tokenizer's, not GPT-2's: set when there is one.
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
+
+class BERTPreset(Preset):
+    """A BERT encoder with its head for masked tokens (and no pooler)."""
+
+    task = "masked"
+    spare_positions: ClassVar[int] = 0
+    token_types: ClassVar[int] = 2
+
+    @property
+    def num_parameters(self) -> int:
+        """Embeddings (tokens, positions, token types, norm), blocks, and the head: h^2 + 3h and a bias per token."""
+        h = self.hidden_size
+        rows = self.vocab_size + self.context_length + self.spare_positions + self.token_types + 2
+        return rows * h + self.num_layers * self._block_parameters + h * h + 3 * h + self.vocab_size
+
+    def config(self) -> PretrainedConfig:
+        """Builds a `BertConfig`."""
+        from transformers import BertConfig
+
+        return BertConfig(**self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length + self.spare_positions,
+            "type_vocab_size": self.token_types,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.ffn_size,
+            "initializer_range": self.initializer_range,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+
+
+class RobertaPreset(BERTPreset):
+    """The same with RoBERTa's embeddings: one token type, and positions that start after that of padding (1)."""
+
+    spare_positions = 2
+    token_types = 1
+
+    def config(self) -> PretrainedConfig:
+        """Builds a `RobertaConfig`."""
+        from transformers import RobertaConfig
+
+        return RobertaConfig(**self._settings())
 
 
 def _gpt2(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int, learning_rate: float) -> GPTPreset:
@@ -62,7 +162,21 @@ def _gpt2(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int, le
     )
 
 
-GPT_PRESETS: dict[str, GPTPreset] = {
+def _bert(
+    hidden_size: int, num_layers: int, num_heads: int, vocab_size: int, family: type[BERTPreset] = BERTPreset
+) -> BERTPreset:
+    return family(
+        hidden_size=hidden_size,
+        ffn_size=4 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        vocab_size=vocab_size,
+        context_length=512,
+        learning_rate=1e-4,
+    )
+
+
+PRESETS: dict[str, Preset] = {
     "gpt-tiny": GPTPreset(
         hidden_size=128,
         ffn_size=512,
@@ -78,51 +192,40 @@ GPT_PRESETS: dict[str, GPTPreset] = {
     "gpt2-large": _gpt2(1280, 36, 20, 50257, 2.5e-4),
     "gpt2-xl": _gpt2(1600, 48, 25, 50257, 2e-4),
     "gpt-20b": _gpt2(5120, 62, 40, 50265, 1e-4),
+    "bert-tiny": BERTPreset(
+        hidden_size=128,
+        ffn_size=512,
+        num_layers=3,
+        num_heads=4,
+        vocab_size=2048,
+        context_length=128,
+        learning_rate=4e-3,
+        initializer_range=0.05,
+    ),
+    "bert-base": _bert(768, 12, 12, 30522),
+    "bert-large": _bert(1024, 24, 16, 30522),
+    "bert-10b": _bert(2560, 127, 40, 32008),
+    "bert-15b": _bert(2560, 190, 40, 32008),
+    "bert-20b": _bert(5120, 64, 40, 32008),
+    "bert-50b": _bert(8192, 62, 64, 32008),
+    "roberta-20b": _bert(5120, 62, 40, 50265, RobertaPreset),
 }
 
 
-def find_gpt_preset(name: str) -> GPTPreset:
-    """Returns the preset called `name`.
+def find_preset(name: str, task: Task | None = None) -> Preset:
+    """Returns the preset called `name`; of those for one task only, if `task` is given.
 
     Raises:
         ConfigError: there is none; the message holds the nearest names.
     """
-    if name in GPT_PRESETS:
-        return GPT_PRESETS[name]
-    near = difflib.get_close_matches(name, GPT_PRESETS, n=3, cutoff=0.4)
+    names = [known for known, preset in PRESETS.items() if task in (None, preset.task)]
+    if name in names:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ConfigError(
-        f"Unknown model preset: expected one of {', '.join(GPT_PRESETS)}, got {name!r}. {hint}"
+        f"Unknown model preset: expected one of {', '.join(names)}, got {name!r}. {hint}"
         "For any other shape pass a transformers configuration with --model_config."
-    )
-
-
-def gpt_config(name: str) -> PretrainedConfig:
-    """Builds the transformers configuration of the preset called `name`.
-
-    Returns:
-        A `GPT2Config` without dropout, which pretraining on less than a few epochs does not want.
-
-    Raises:
-        ConfigError: unknown preset.
-    """
-    from transformers import GPT2Config
-
-    preset = find_gpt_preset(name)
-    return GPT2Config(
-        vocab_size=preset.vocab_size,
-        n_positions=preset.context_length,
-        n_embd=preset.hidden_size,
-        n_layer=preset.num_layers,
-        n_head=preset.num_heads,
-        n_inner=preset.ffn_size,
-        initializer_range=preset.initializer_range,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        # The tokenizer's, not GPT-2's: set when there is one.
-        bos_token_id=None,
-        eos_token_id=None,
     )
 
 
@@ -139,5 +242,5 @@ def load_model_config(name_or_path: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"No model configuration: expected a config.json, a folder with one or a name on the Hugging Face hub, got "
-            f"{name_or_path!r}. Correct it, or take a preset: {', '.join(GPT_PRESETS)}. Cause: {error}"
+            f"{name_or_path!r}. Correct it, or take a preset: {', '.join(PRESETS)}. Cause: {error}"
         ) from None

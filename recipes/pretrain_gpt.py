@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_co
 
 from hf_mics import MiCSAccelerator
 from hf_mics.errors import ConfigError
-from hf_mics.presets import find_gpt_preset, gpt_config, load_model_config
+from hf_mics.presets import find_preset, load_model_config
 from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
 from hf_mics.pretraining.metrics import load_metric
 from hf_mics.pretraining.plot import plot_losses
@@ -83,7 +83,7 @@ def evaluate(accelerator: MiCSAccelerator, model, loader: DataLoader, metric) ->
 
 def load_data(args: PretrainArguments, text_args: TextArguments):
     """Returns the model's configuration, the tokenizer, and the training and validation loaders."""
-    config = load_model_config(args.model_config) if args.model_config else gpt_config(args.preset)
+    config = load_model_config(args.model_config) if args.model_config else find_preset(args.preset, "causal").config()
     text = main_process_first(partial(load_text, text_args))
     documents = iterate_documents(text["train"], text_args.text_column)
     tokenizer = load_or_train_tokenizer(args.tokenizer, documents, "bpe", args.vocab_size or config.vocab_size)
@@ -106,7 +106,7 @@ def load_data(args: PretrainArguments, text_args: TextArguments):
 
 def build_optimizer(args: PretrainArguments, model):
     """Returns AdamW, which decays matrices but no norms and biases, and its schedule."""
-    preset_lr = 3e-4 if args.model_config else find_gpt_preset(args.preset).learning_rate
+    preset_lr = 3e-4 if args.model_config else find_preset(args.preset, "causal").learning_rate
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
