@@ -18,7 +18,7 @@ FLOORS = {
     1: {"traffic", "throughput", "planning"},
     2: {"_torch_compat", "process_groups", "collectives", "hop2", "window", "two_hop", "engine", "testing"},
     3: {"_hf_compat", "plugin", "wrapping", "sharding", "summary", "accelerator", "pretraining"},
-    4: {"__main__", "cli", "commands"},
+    4: {"__main__", "cli", "commands", "bench"},
 }
 # The package's own __init__ resolves its names at first use; it may name any module but import none of them.
 LAZY = {"__init__"}
