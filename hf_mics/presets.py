@@ -1,10 +1,12 @@
 """Which model shapes can be had by name?
 
 Pure values: nothing here imports torch or transformers until a configuration is asked for. GPT-2, BERT base and large
-are the published shapes. `gpt-20b`, `bert-10b` to `bert-50b` and `roberta-20b` are those that reproduce the sizes named
-in the MiCS evaluation. Learning rates of GPT models are the peak values of the GPT-3 paper (arXiv 2005.14165, table
-2.1) for models of that size, those of BERT models that of the BERT paper (arXiv 1810.04805, appendix A.2); those of the
-tiny models were found by trying.
+are the published shapes, and so are Llama 3's 8B and 70B. `gpt-20b`, `bert-10b` to `bert-50b` and `roberta-20b` are
+those that reproduce the sizes named in the MiCS evaluation; `gpt-100b` and `gpt-175b` are those of its largest runs
+(hidden 10240 and 12288, 80 and 96 layers). Learning rates of GPT models are the peak values of the GPT-3 paper (arXiv
+2005.14165, table 2.1) for models of that size, those of BERT models that of the BERT paper (arXiv 1810.04805, appendix
+A.2), those of Llama models that of the Llama 3 paper (arXiv 2407.21783, table 3); those of the tiny models were found
+by trying.
 
 A family is a subclass of `Preset` that knows its parameter count in closed form and its transformers configuration; a
 model is an entry of `PRESETS`.
@@ -27,7 +29,7 @@ Task: TypeAlias = Literal["causal", "masked"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset(ABC):
-    """The shape of a transformer with tied embeddings, in the terms that all families share.
+    """The shape of a transformer in the terms that all families share, its embeddings tied unless a family says so.
 
     Args:
         hidden_size: width of the residual stream (h).
@@ -150,14 +152,60 @@ class RobertaPreset(BERTPreset):
         return RobertaConfig(**self._settings())
 
 
-def _gpt2(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int, learning_rate: float) -> GPTPreset:
+@dataclass(frozen=True, kw_only=True)
+class LlamaPreset(Preset):
+    """A Llama style decoder, its embeddings and head untied, its queries sharing keys and values in groups.
+
+    Args:
+        num_kv_heads: key and value heads, dividing `num_heads`.
+    """
+
+    task = "causal"
+    num_kv_heads: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Embeddings and head, blocks of 2h^2 + 2h h_kv + 3h ffn + 2h, a final norm."""
+        h = self.hidden_size
+        kv = h // self.num_heads * self.num_kv_heads
+        block = 2 * h * h + 2 * h * kv + 3 * h * self.ffn_size + 2 * h
+        return 2 * self.vocab_size * h + self.num_layers * block + h
+
+    def config(self) -> PretrainedConfig:
+        """Builds a `LlamaConfig`."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.context_length,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.ffn_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            initializer_range=self.initializer_range,
+            tie_word_embeddings=False,
+            # The tokenizer's: set when there is one.
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
+
+def _gpt2(
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    vocab_size: int,
+    learning_rate: float,
+    context_length: int = 1024,
+) -> GPTPreset:
     return GPTPreset(
         hidden_size=hidden_size,
         ffn_size=4 * hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         vocab_size=vocab_size,
-        context_length=1024,
+        context_length=context_length,
         learning_rate=learning_rate,
     )
 
@@ -173,6 +221,19 @@ def _bert(
         vocab_size=vocab_size,
         context_length=512,
         learning_rate=1e-4,
+    )
+
+
+def _llama(hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, learning_rate: float) -> LlamaPreset:
+    return LlamaPreset(
+        hidden_size=hidden_size,
+        ffn_size=ffn_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        vocab_size=128256,
+        context_length=8192,
+        learning_rate=learning_rate,
     )
 
 
@@ -192,6 +253,8 @@ PRESETS: dict[str, Preset] = {
     "gpt2-large": _gpt2(1280, 36, 20, 50257, 2.5e-4),
     "gpt2-xl": _gpt2(1600, 48, 25, 50257, 2e-4),
     "gpt-20b": _gpt2(5120, 62, 40, 50265, 1e-4),
+    "gpt-100b": _gpt2(10240, 80, 80, 50265, 6e-5, 2048),
+    "gpt-175b": _gpt2(12288, 96, 96, 50265, 6e-5, 2048),
     "bert-tiny": BERTPreset(
         hidden_size=128,
         ffn_size=512,
@@ -209,6 +272,8 @@ PRESETS: dict[str, Preset] = {
     "bert-20b": _bert(5120, 64, 40, 32008),
     "bert-50b": _bert(8192, 62, 64, 32008),
     "roberta-20b": _bert(5120, 62, 40, 50265, RobertaPreset),
+    "llama-8b": _llama(4096, 14336, 32, 32, 3e-4),
+    "llama-70b": _llama(8192, 28672, 80, 64, 1.5e-4),
 }
 
 

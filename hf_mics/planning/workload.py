@@ -57,8 +57,10 @@ class ModelShape:
 
     Args:
         name: as the user wrote it.
-        family: "gpt" (GPT-2's layout), "bert" (with its masked-language head), "llama" (Llama, Mistral, Qwen) or "t5".
+        family: "gpt" (GPT-2's layout), "bert" (RoBERTa too; with the masked-language head), "llama" (Llama, Mistral,
+            Qwen) or "t5".
         num_layers: transformer layers (L); of T5, those of the encoder.
+        spare_positions: learned positions beyond the context (RoBERTa has 2).
         num_decoder_layers: T5's decoder; 0 otherwise.
         hidden_size: width of the residual stream (h).
         ffn_size: width of the feed-forward layer.
@@ -67,7 +69,7 @@ class ModelShape:
         vocab_size: token embeddings (V).
         context_length: tokens that the model can read; learned positions in gpt and bert.
         tied_embeddings: whether the head reads the embedding's weight.
-        gated_ffn: a third feed-forward matrix (Llama; T5 since 1.1).
+        gated_ffn: a third feed-forward matrix in T5 (since 1.1); Llama always has it.
         qkv_bias: biases of the query, key and value projections in llama-like models (Qwen 2).
         qk_norm: norms of queries and keys (Qwen 3).
         type_vocab_size: BERT's segment embeddings. `relative_buckets`: T5's position buckets.
@@ -84,6 +86,7 @@ class ModelShape:
     num_heads: int
     vocab_size: int
     context_length: int
+    spare_positions: int = 0
     num_decoder_layers: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
@@ -227,7 +230,7 @@ def _bert(m: ModelShape) -> tuple[Unit, ...]:
     layer = (*[(a, h)] * 3, (h, a), (f, h), (h, f), *_vectors(a, a, a, h, f, h, h, h, h, h))
     layers = [Unit(f"bert.encoder.layer.{i}", "layer", layer) for i in range(m.num_layers)]
     head = ((h, h), *_vectors(h, h, h, m.vocab_size))
-    embeddings = ((m.vocab_size, h), (m.context_length, h), (m.type_vocab_size, h), *_vectors(h, h))
+    embeddings = ((m.vocab_size, h), (m.context_length + m.spare_positions, h), (m.type_vocab_size, h), *_vectors(h, h))
     return (Unit("", "root", embeddings + head), *layers)
 
 

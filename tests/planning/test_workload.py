@@ -2,106 +2,95 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from hf_mics.errors import ConfigError
+from hf_mics.planning.models import find_model, shape_of_config
 from hf_mics.planning.workload import ModelShape, Workload
+from hf_mics.presets import PRESETS
 from hf_mics.wrapping import plan_units
 
-SIZES: dict[str, Any] = {
-    "name": "odd",
-    "num_layers": 3,
-    "hidden_size": 15,
-    "ffn_size": 37,
-    "num_heads": 3,
-    "vocab_size": 61,
-}
 GPT = {"n_embd": 15, "n_layer": 3, "n_head": 3, "n_inner": 37, "vocab_size": 61, "n_positions": 17}
-BERT = {
-    "hidden_size": 15, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 37, "vocab_size": 61,
-    "max_position_embeddings": 17,
-}  # fmt: skip
-LLAMA = BERT | {"num_key_value_heads": 1, "head_dim": 4, "num_attention_heads": 3}
+BERT = {"hidden_size": 15, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 37, "vocab_size": 61}
+BERT |= {"max_position_embeddings": 17}
+LLAMA = BERT | {"num_key_value_heads": 1, "head_dim": 4}
 T5 = {"d_model": 15, "d_kv": 4, "d_ff": 37, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 3, "vocab_size": 61}
-GROUPED = {"family": "llama", "context_length": 17, "num_kv_heads": 1, "head_dim": 4}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
-CASES: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
-    "gpt2": (AutoModelForCausalLM, "gpt2", GPT, {"family": "gpt", "context_length": 17}),
-    "gpt2 untied": (
-        AutoModelForCausalLM,
-        "gpt2",
-        GPT | {"tie_word_embeddings": False},
-        {"family": "gpt", "context_length": 17, "tied_embeddings": False},
-    ),
-    "bert": (AutoModelForMaskedLM, "bert", BERT, {"family": "bert", "context_length": 17}),
-    "llama": (
-        AutoModelForCausalLM,
-        "llama",
-        LLAMA | {"tie_word_embeddings": False},
-        GROUPED | {"tied_embeddings": False},
-    ),
-    "llama tied": (AutoModelForCausalLM, "llama", LLAMA | {"tie_word_embeddings": True}, GROUPED),
-    "mistral": (
-        AutoModelForCausalLM,
-        "mistral",
-        LLAMA | {"tie_word_embeddings": False},
-        GROUPED | {"tied_embeddings": False},
-    ),
-    "qwen2": (AutoModelForCausalLM, "qwen2", LLAMA | {"tie_word_embeddings": True}, GROUPED | {"qkv_bias": True}),
-    "qwen3": (
-        AutoModelForCausalLM,
-        "qwen3",
-        LLAMA | {"tie_word_embeddings": False},
-        GROUPED | {"qk_norm": True, "tied_embeddings": False},
-    ),
-    "t5": (
-        AutoModelForSeq2SeqLM,
-        "t5",
-        T5,
-        {"family": "t5", "context_length": 512, "num_decoder_layers": 2, "head_dim": 4},
-    ),
-    "t5 gated": (
-        AutoModelForSeq2SeqLM,
-        "t5",
-        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-        {
-            "family": "t5",
-            "context_length": 512,
-            "num_decoder_layers": 2,
-            "head_dim": 4,
-            "gated_ffn": True,
-            "tied_embeddings": False,
-        },
-    ),
+CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "gpt2": (AutoModelForCausalLM, "gpt2", GPT),
+    "gpt2, ffn by default": (AutoModelForCausalLM, "gpt2", GPT | {"n_inner": None}),
+    "gpt2, untied": (AutoModelForCausalLM, "gpt2", GPT | UNTIED),
+    "bert": (AutoModelForMaskedLM, "bert", BERT),
+    "roberta": (AutoModelForMaskedLM, "roberta", BERT | {"type_vocab_size": 1}),
+    "llama, untied": (AutoModelForCausalLM, "llama", LLAMA | UNTIED),
+    "llama, tied": (AutoModelForCausalLM, "llama", LLAMA | TIED),
+    "llama, head_dim by default": (AutoModelForCausalLM, "llama", BERT | {"hidden_size": 18, "num_key_value_heads": 3}),
+    "mistral": (AutoModelForCausalLM, "mistral", LLAMA),
+    "qwen2": (AutoModelForCausalLM, "qwen2", LLAMA | TIED),
+    "qwen3": (AutoModelForCausalLM, "qwen3", LLAMA | UNTIED),
+    "t5": (AutoModelForSeq2SeqLM, "t5", T5),
+    "t5, gated": (AutoModelForSeq2SeqLM, "t5", T5 | {"feed_forward_proj": "gated-gelu"} | UNTIED),
 }
+KINDS = {"layers": "layer", "embeddings": "embedding", "heads": "head"}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_units_are_those_of_the_real_model_and_hold_the_same_tensors(case: str):
-    loader, model_type, settings, shape = CASES[case]
+def test_units_are_those_of_the_real_model_and_hold_the_same_tensors(case: str, tmp_path: Path):
+    """Through the config.json that save_pretrained writes."""
+    loader, model_type, settings = CASES[case]
     model = loader.from_config(AutoConfig.for_model(model_type, **settings))
-    plan = plan_units(model)
-    wrapped = {name: kind for kind in ("layers", "embeddings", "heads") for name, _ in getattr(plan, kind)}
+    model.config.save_pretrained(tmp_path)
+    planned = find_model(str(tmp_path))
+    wrap = plan_units(model)
+    wrapped = {name: KINDS[kind] for kind in KINDS for name, _ in getattr(wrap, kind)}
     expected: dict[str, list[tuple[int, int]]] = {name: [] for name in wrapped} | {"": []}
     for name, parameter in model.named_parameters():
         unit = next((u for u in wrapped if name.startswith(u + ".")), "")
         expected[unit].append((parameter.shape[0], parameter[0].numel()))
-    planned = ModelShape(**(SIZES | shape))
-    assert {u.name: sorted(u.matrices) for u in planned.units} == {n: sorted(m) for n, m in expected.items()}
+    # RoBERTa's layers are named as BERT's but for the first word.
+    real = {name.replace("roberta", "bert"): (wrapped.get(name, "root"), sorted(m)) for name, m in expected.items()}
+    assert {unit.name: (unit.kind, sorted(unit.matrices)) for unit in planned.units} == real
     assert planned.num_parameters == sum(p.numel() for p in model.parameters())
-    kinds = {"layers": "layer", "embeddings": "embedding", "heads": "head"}
-    assert {u.name: u.kind for u in planned.units if u.name} == {name: kinds[kind] for name, kind in wrapped.items()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_of_their_configuration(name: str):
+    preset = PRESETS[name]
+    planned = find_model(name)
+    assert planned.num_parameters == preset.num_parameters
+    assert planned == shape_of_config(preset.config().to_dict(), name)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-8b", 8.03), ("llama-70b", 70.55), ("gpt-175b", 174.6)])
+def test_published_sizes(name: str, billions: float):
+    """Llama 3's model cards say 8.03 and 70.6 billion; GPT-3 175B has 174.6 billion (GPT-3 paper, table 2.1)."""
+    assert find_model(name).num_parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_large_presets_build_on_meta_with_as_many_parameters():
+    for name in ("gpt-175b", "llama-70b"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(PRESETS[name].config())
+        assert sum(p.numel() for p in model.parameters()) == find_model(name).num_parameters
 
 
 def test_shards_are_padded_row_by_row():
     """61 rows over 4 ranks: 16 each, 64 in all; 15 rows: 16."""
-    unit = ModelShape(**(SIZES | {"family": "llama", "context_length": 8})).units[0]
+    unit = shape_of_config({"model_type": "llama"} | LLAMA | TIED, "odd").units[0]
     assert unit.matrices == ((61, 15), (15, 1))
     assert unit.padded_numel(4) == 64 * 15 + 16
     assert unit.padded_numel(1) == unit.num_parameters == 61 * 15 + 15
+
+
+SIZES: dict[str, Any] = {"name": "odd", "family": "gpt", "num_layers": 3, "hidden_size": 15, "ffn_size": 37}
+SIZES |= {"num_heads": 3, "vocab_size": 61, "context_length": 17}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +106,7 @@ def test_shards_are_padded_row_by_row():
 )
 def test_shapes_that_no_model_has_are_refused(change: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
-        ModelShape(**(SIZES | {"family": "gpt", "context_length": 17} | change))
+        ModelShape(**(SIZES | change))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +120,37 @@ def test_shapes_that_no_model_has_are_refused(change: dict[str, Any], words: str
     ],
 )
 def test_steps_that_cannot_run_are_refused(change: dict[str, Any], words: str):
-    model = ModelShape(**(SIZES | {"family": "gpt", "context_length": 17}))
     with pytest.raises(ConfigError, match=words):
-        Workload(**({"model": model, "seq_length": 17} | change))
+        Workload(**({"model": ModelShape(**SIZES), "seq_length": 17} | change))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mamba"}, "plans are made for models of type gpt2, bert, .* got model_type 'mamba'"),
+        ({"model_type": "gpt2"} | GPT | {"n_head": "many"}, "n_head must be a positive integer, got 'many'"),
+        ({"model_type": "gpt2", "n_embd": 16}, "holds no n_layer, which a gpt2 model needs"),
+        ({"model_type": "llama"} | LLAMA | {"attention_bias": True}, "llama models with attention_bias"),
+        ({"hidden_size": 3}, "no transformers model configuration: expected an object with a model_type"),
+        ([1, 2], "no transformers model configuration"),
+    ],
+)
+def test_configurations_that_are_none_are_refused(config: Any, words: str, tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=words):
+        find_model(str(file))
+
+
+def test_names_that_lead_nowhere_are_refused_with_the_nearest_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot read"):
+        find_model(str(tmp_path / "broken.json"))
+    with pytest.raises(ConfigError, match=r"no config.json in the folder"):
+        find_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="no such file or folder: './absent.json'"):
+        find_model("./absent.json")
+    with pytest.raises(ConfigError, match=r"Did you mean 'gpt-175b'.*Without network"):
+        find_model("gpt-175")
+    with pytest.raises(ConfigError, match="could be had from the Hugging Face hub"):
+        find_model("somebody/something")

@@ -1,0 +1,203 @@
+"""Which model does a name, a config.json, a folder or a hub repository stand for?
+
+Reads config.json itself, so that neither torch nor transformers is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_mics.errors import ConfigError
+from hf_mics.planning.workload import ModelShape, require_count
+from hf_mics.presets import PRESETS, BERTPreset, LlamaPreset, Preset
+
+Config = Mapping[str, Any]
+
+
+def find_model(text: str) -> ModelShape:
+    """The model that `text` names: a preset, else a file, a folder with a config.json, or a repository on the hub.
+
+    Raises:
+        ConfigError: it is none of these, or a model of a kind that is not planned for.
+    """
+    if text in PRESETS:
+        return _from_preset(text, PRESETS[text])
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"no config.json in the folder {text!r}: expected what save_pretrained writes there.")
+    elif not path.is_file():
+        path = _download(text)
+    return shape_of_config(_read(path), text)
+
+
+def shape_of_config(config: Config, name: str) -> ModelShape:
+    """The shape of the model that a transformers configuration describes.
+
+    Args:
+        config: config.json's contents; what it leaves out has transformers' default.
+        name: for messages and reports.
+
+    Raises:
+        ConfigError: a model type that is not planned for, or sizes that no model has.
+    """
+    kind = config.get("model_type")
+    reader = _READERS.get(str(kind))
+    if reader is None:
+        raise ConfigError(
+            f"{name}: plans are made for models of type {', '.join(_READERS)}, got model_type {kind!r}. Give a preset "
+            "or a configuration of similar width and depth to plan for it roughly."
+        )
+    return reader(config, name)
+
+
+def _from_preset(name: str, preset: Preset) -> ModelShape:
+    llama = isinstance(preset, LlamaPreset)
+    return ModelShape(
+        name=name,
+        family="llama" if llama else "bert" if isinstance(preset, BERTPreset) else "gpt",
+        num_layers=preset.num_layers,
+        hidden_size=preset.hidden_size,
+        ffn_size=preset.ffn_size,
+        num_heads=preset.num_heads,
+        num_kv_heads=preset.num_kv_heads if isinstance(preset, LlamaPreset) else 0,
+        vocab_size=preset.vocab_size,
+        context_length=preset.context_length,
+        spare_positions=preset.spare_positions if isinstance(preset, BERTPreset) else 0,
+        type_vocab_size=preset.token_types if isinstance(preset, BERTPreset) else 2,
+        tied_embeddings=not llama,
+    )
+
+
+def _read(path: Path) -> Config:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {str(path)!r} as a model configuration (config.json): {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ConfigError(
+            f"{str(path)!r} is no transformers model configuration: expected an object with a model_type, as in "
+            "config.json."
+        )
+    return config
+
+
+def _download(name: str) -> Path:
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    choices = f"{hint}Presets: {', '.join(PRESETS)}."
+    if name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"no such file or folder: {name!r}. {choices}")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"no model {name!r}: neither a preset, nor a file or folder here, nor a configuration that could be had "
+            f"from the Hugging Face hub ({type(error).__name__}: {first}). {choices} Without network, pass a local "
+            "config.json."
+        ) from None
+
+
+def _size(config: Config, key: str, name: str, default: int | None = None) -> int:
+    value = config.get(key, default)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"{name}: the configuration holds no {key}, which a {config['model_type']} model needs.")
+    require_count(f"{name}: {key}", value)
+    return int(value)
+
+
+def _gpt2(config: Config, name: str) -> ModelShape:
+    hidden = _size(config, "n_embd", name)
+    return ModelShape(
+        name=name,
+        family="gpt",
+        num_layers=_size(config, "n_layer", name),
+        hidden_size=hidden,
+        ffn_size=_size(config, "n_inner", name, 4 * hidden),
+        num_heads=_size(config, "n_head", name),
+        vocab_size=_size(config, "vocab_size", name),
+        context_length=_size(config, "n_positions", name, 1024),
+        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+    )
+
+
+def _bert(config: Config, name: str) -> ModelShape:
+    spare = 0 if config["model_type"] == "bert" else 2
+    return ModelShape(
+        name=name,
+        family="bert",
+        num_layers=_size(config, "num_hidden_layers", name),
+        hidden_size=_size(config, "hidden_size", name),
+        ffn_size=_size(config, "intermediate_size", name),
+        num_heads=_size(config, "num_attention_heads", name),
+        vocab_size=_size(config, "vocab_size", name),
+        context_length=_size(config, "max_position_embeddings", name, 512) - spare,
+        spare_positions=spare,
+        type_vocab_size=_size(config, "type_vocab_size", name, 2),
+        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+    )
+
+
+def _llama(config: Config, name: str) -> ModelShape:
+    kind = config["model_type"]
+    heads = _size(config, "num_attention_heads", name)
+    refused = [key for key in ("attention_bias", "mlp_bias") if kind != "qwen2" and config.get(key)]
+    if refused:
+        raise ConfigError(f"{name}: {kind} models with {' and '.join(refused)} are not planned for.")
+    return ModelShape(
+        name=name,
+        family="llama",
+        num_layers=_size(config, "num_hidden_layers", name),
+        hidden_size=_size(config, "hidden_size", name),
+        ffn_size=_size(config, "intermediate_size", name),
+        num_heads=heads,
+        num_kv_heads=_size(config, "num_key_value_heads", name, heads),
+        # Qwen 3's default; of the others hidden_size / heads, which ModelShape sees to.
+        head_dim=_size(config, "head_dim", name, 128) if kind == "qwen3" else config.get("head_dim") or 0,
+        vocab_size=_size(config, "vocab_size", name),
+        context_length=_size(config, "max_position_embeddings", name),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+    )
+
+
+def _t5(config: Config, name: str) -> ModelShape:
+    layers = _size(config, "num_layers", name)
+    return ModelShape(
+        name=name,
+        family="t5",
+        num_layers=layers,
+        num_decoder_layers=_size(config, "num_decoder_layers", name, layers),
+        hidden_size=_size(config, "d_model", name),
+        ffn_size=_size(config, "d_ff", name),
+        num_heads=_size(config, "num_heads", name),
+        head_dim=_size(config, "d_kv", name),
+        vocab_size=_size(config, "vocab_size", name),
+        context_length=_size(config, "n_positions", name, 512),
+        # transformers 5 ties the head whatever the configuration says.
+        tied_embeddings=True,
+        gated_ffn=str(config.get("feed_forward_proj", "relu")).startswith("gated-"),
+        relative_buckets=_size(config, "relative_attention_num_buckets", name, 32),
+    )
+
+
+_READERS: dict[str, Callable[[Config, str], ModelShape]] = {
+    "gpt2": _gpt2,
+    "bert": _bert,
+    "roberta": _bert,
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+    "t5": _t5,
+}
