@@ -13,7 +13,9 @@ from importlib import import_module
 import hf_mics
 from hf_mics.errors import MiCSError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "measure": "measure a cluster's links and computing, under accelerate launch, and write a cluster file",
+}
 """What each command does, in the words of `hf-mics --help`."""
 
 

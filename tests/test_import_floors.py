@@ -16,7 +16,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_mics"
 FLOORS = {
     0: {"errors", "topology", "meter", "presets"},
     1: {"traffic", "throughput", "planning"},
-    2: {"_torch_compat", "process_groups", "collectives", "hop2", "window", "two_hop", "engine", "testing"},
+    2: {
+        "_torch_compat",
+        "process_groups",
+        "collectives",
+        "hop2",
+        "window",
+        "two_hop",
+        "engine",
+        "testing",
+        "calibration",
+    },
     3: {"_hf_compat", "plugin", "wrapping", "sharding", "summary", "accelerator", "pretraining"},
     4: {"__main__", "cli", "commands", "bench"},
 }

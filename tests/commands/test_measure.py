@@ -1,0 +1,160 @@
+"""Does `hf-mics measure` write a cluster that plans can use, and refuse what cannot be measured?"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from hf_mics import cli
+from hf_mics.calibration.fitting import Timing, fit_link
+from hf_mics.errors import MiCSError
+from hf_mics.planning.cluster_file import load_cluster
+from hf_mics.planning.models import find_model
+from hf_mics.planning.timing import predict
+from hf_mics.planning.workload import Workload
+from hf_mics.testing import run_ranks
+
+SMALL = ["--model", "gpt-tiny", "--seq-length", "32", "--largest-mb", "0.3", "--limit-s", "0.05", "--samples", "3"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def measure_twice(output: str, ports: list[int]) -> list[int]:
+    """Exit codes of a first measurement and of a second one into the same file."""
+    codes = []
+    for port in ports:
+        os.environ["MASTER_PORT"] = str(port)
+        codes.append(cli.main(["measure", "--output", output, *SMALL]))
+    return codes
+
+
+def test_two_nodes_are_measured_once_and_their_file_is_kept(tmp_path: Path):
+    path = tmp_path / "cluster.json"
+    ports = [free_port(), free_port()]
+    codes = run_ranks(measure_twice, 4, str(path), ports, node_size=2, backend=None, timeout_s=120)
+    assert codes == [[0, 2]] * 4
+    cluster = load_cluster(path)
+    assert (cluster.nodes, cluster.gpus_per_node, cluster.backend) == (2, 2, "gloo")
+    assert cluster.is_measured
+    assert set(cluster.collectives) == {
+        ("all_gather", "intra_node"),
+        ("reduce_scatter", "intra_node"),
+        ("all_gather", "inter_node"),
+        ("reduce_scatter", "inter_node"),
+        ("all_reduce", "inter_node"),
+    }
+    measured = json.loads(path.read_text())["measurements"]
+    # A unit of 16 kB between 2 nodes: each of the node's 2 ranks sends its quarter once, hop 2 its half once each way.
+    first = {point["name"]: point for point in measured["collectives"] if point["unit_bytes"] == 16384}
+    names = ["all_gather", "reduce_scatter", "all_reduce", "hierarchical gather", "flat gather"]
+    assert [name for name in names if name not in first] == []
+    assert [load["nic_bytes"] for load in first["all_gather"]["loads"]] == [8192]
+    assert [load["nic_bytes"] for load in first["all_reduce"]["loads"]] == [16384]
+    assert len(first["hierarchical gather"]["loads"]) == 2
+    step = predict(Workload(model=find_model("gpt-tiny"), seq_length=32), replace(cluster, nodes=4), partition_size=2)
+    assert 0 < step.step_s.low < step.step_s.high
+
+
+def test_accelerate_launch_measures_one_node_and_says_what_it_could_not(tmp_path: Path):
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2},
+        "num_machines": 1,
+        "num_processes": 2,
+        "main_process_port": free_port(),
+        "mixed_precision": "no",
+        "parallelism_config": {"parallelism_config_dp_replicate_size": 1, "parallelism_config_dp_shard_size": 2},
+    }
+    (tmp_path / "mics.yaml").write_text(yaml.safe_dump(config))
+    output = tmp_path / "cluster.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "mics.yaml")]
+    done = subprocess.run(
+        [*launch, "-m", "hf_mics.cli", "measure", "--output", str(output), *SMALL],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "one node: links between nodes were not measured" in done.stdout
+    assert done.stdout.count("wrote") == 1
+    cluster = load_cluster(output)
+    assert (cluster.nodes, cluster.gpus_per_node, cluster.inter_node) == (1, 2, None)
+    with pytest.raises(MiCSError, match="nothing is known of the links between nodes"):
+        cluster.with_nodes(2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({}, [], "started by a launcher; RANK, LOCAL_RANK"),
+        ({"WORLD_SIZE": "1"}, [], "one process has nobody to communicate with"),
+        ({"WORLD_SIZE": "2"}, ["--samples", "0"], "--samples must be at least 3, got 0"),
+        ({"WORLD_SIZE": "2"}, ["--largest-mb", "-1"], "--largest-mb must be a positive number, got -1.0"),
+        ({"WORLD_SIZE": "2"}, ["--model", "gpt-tinny"], "no model 'gpt-tinny'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_ranks_meet(
+    environment: dict[str, str],
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name in (*launched, "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (launched | environment if environment else {}).items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "cluster.json"
+    assert cli.main(["measure", "--output", str(output), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_mistake_is_reported_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["measure", "--output", "x.json"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fit_finds_the_latency_the_bandwidth_and_the_spread_of_noisy_times():
+    noise = np.random.default_rng(0)
+    latency_s, bandwidth, spread = 20e-6, 5e9, 1.1
+    timings = [
+        Timing(size, 7, [(7 * latency_s + size / bandwidth) * spread ** noise.standard_normal() for _ in range(21)])
+        for size in (2.0**n for n in range(10, 30, 2))
+    ]
+    fit = fit_link(timings)
+    # 210 samples of 10 % noise: each constant is known to about 10 % / sqrt(100).
+    assert fit.latency_s == pytest.approx(latency_s, rel=0.05)
+    assert fit.bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=0.05)
+    assert fit.spread == pytest.approx(spread, rel=0.02)
+    assert fit.link.bandwidth_bytes_per_s.low < bandwidth < fit.link.bandwidth_bytes_per_s.high
+    assert fit.link.latency_s.low < latency_s < fit.link.latency_s.high
+
+
+def test_exact_times_narrow_the_ranges_to_nothing():
+    fit = fit_link([Timing(size, 3, [3 * 1e-5 + size / 1e9] * 3) for size in (1e3, 1e5, 1e7)])
+    assert fit.spread == pytest.approx(1.0, abs=1e-4)
+
+
+def test_one_size_fixes_no_line():
+    with pytest.raises(MiCSError, match="at least two message sizes"):
+        fit_link([Timing(1e6, 1, [1.0, 1.0])])
