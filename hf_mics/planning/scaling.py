@@ -1,0 +1,140 @@
+"""How do MiCS and its peers scale with the number of GPUs? Predicted, point by point.
+
+Weak scaling gives every GPU the same work at every size; strong scaling divides one global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from hf_mics.errors import ConfigError, TopologyError
+from hf_mics.planning.cluster import Cluster, Range
+from hf_mics.planning.timing import FSDP2, Implementation, StepTime, System, predict
+from hf_mics.planning.workload import Workload
+
+Scaling = Literal["weak", "strong"]
+
+# Systems whose shards lie within a partition group; the others' sizes follow from the number of GPUs.
+PARTITIONED: tuple[System, ...] = ("mics", "hsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalePoint:
+    """One system at one size. `accumulation` is what is left of the workload's under strong scaling."""
+
+    scaling: Scaling
+    system: System
+    world_size: int
+    partition_size: int
+    accumulation: int
+    step: StepTime
+
+    @property
+    def tokens_per_s_per_gpu(self) -> Range:
+        """Tokens per second of one GPU."""
+        return self.step.tokens_per_s.scaled(1 / self.world_size)
+
+    def record(self) -> dict[str, Any]:
+        """The point as JSON has it."""
+        return {
+            "scaling": self.scaling,
+            "system": self.system,
+            "world_size": self.world_size,
+            "partition_size": self.partition_size,
+            "accumulation": self.accumulation,
+            "step_time_s": _ends(self.step.step_s),
+            "exposed_communication_s": _ends(self.step.exposed_s),
+            "tokens_per_s": _ends(self.step.tokens_per_s),
+            "tokens_per_s_per_gpu": _ends(self.tokens_per_s_per_gpu),
+            "tflops_per_gpu": _ends(self.step.tflops_per_gpu),
+            "model_flops_utilization": _ends(self.step.utilization),
+        }
+
+
+def sizes_between(smallest: int, largest: int) -> list[int]:
+    """`smallest`, twice that, and so on up to `largest`.
+
+    Raises:
+        ConfigError: not positive, or in the wrong order.
+    """
+    if not 0 < smallest <= largest:
+        raise ConfigError(f"GPUs must run from a positive number up, got {smallest} to {largest}.")
+    sizes = [smallest]
+    while sizes[-1] * 2 <= largest:
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+def simulate(
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    scaling: Scaling,
+    systems: Sequence[System],
+    world_sizes: Sequence[int],
+    partition_size: int,
+    implementation: Implementation = FSDP2,
+) -> list[ScalePoint]:
+    """Every system at every size, in that order.
+
+    Left out are sizes smaller than a partition group for the systems that have one, and, under strong scaling, sizes
+    at which the global batch (micro_batch * accumulation * the smallest size) does not divide into whole micro-batches.
+
+    Raises:
+        TopologyError: a size that is not whole nodes, or a partition size that forms no groups at any size.
+    """
+    points = []
+    refused: TopologyError | None = None
+    for system in systems:
+        for world_size in world_sizes:
+            sized = cluster.with_world_size(world_size)
+            p = {"ddp": 1}.get(system, partition_size if system in PARTITIONED else world_size)
+            accumulation = _accumulation(workload, scaling, world_sizes[0], world_size)
+            if p > world_size or not accumulation:
+                continue
+            run = replace(workload, accumulation=accumulation)
+            try:
+                step = predict(run, sized, system=system, partition_size=p, implementation=implementation)
+            except TopologyError as error:
+                refused = error
+                continue
+            points.append(
+                ScalePoint(
+                    scaling=scaling,
+                    system=system,
+                    world_size=world_size,
+                    partition_size=p,
+                    accumulation=accumulation,
+                    step=step,
+                )
+            )
+    if refused is not None and not any(point.system in PARTITIONED for point in points):
+        raise refused
+    return points
+
+
+def efficiency(points: Sequence[ScalePoint], point: ScalePoint) -> Range:
+    """Tokens per second and GPU relative to the system's smallest size, both at one end of the ranges."""
+    first = min((p for p in points if (p.system, p.scaling) == (point.system, point.scaling)), key=_size)
+    at_ends = [
+        getattr(point.tokens_per_s_per_gpu, end) / getattr(first.tokens_per_s_per_gpu, end) for end in ("low", "high")
+    ]
+    return Range(min(at_ends), max(at_ends))
+
+
+def _accumulation(workload: Workload, scaling: Scaling, smallest: int, world_size: int) -> int:
+    """Micro-steps at `world_size`; 0 where the global batch does not divide."""
+    if scaling == "weak":
+        return workload.accumulation
+    micro_steps, rest = divmod(workload.accumulation * smallest, world_size)
+    return 0 if rest else micro_steps
+
+
+def _size(point: ScalePoint) -> int:
+    return point.world_size
+
+
+def _ends(found: Range) -> list[float]:
+    return [found.low, found.high]
