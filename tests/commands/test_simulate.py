@@ -110,9 +110,8 @@ def test_a_measured_cluster_is_simulated_at_any_size(tmp_path: Path, capsys: pyt
 def test_the_paper_s_figures_hold_every_published_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["simulate", "--paper", "--json", "--plots", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
-    published = {
-        (p["setting"], p["system"], p["world_size"]): p["published_tflops_per_gpu"] for p in found["published"]
-    }
+    rows = found["published"]
+    published = {(p["setting"], p["system"], p["world_size"]): p["published_tflops_per_gpu"] for p in rows}
     assert published["175B", "mics", 128] == 169
     assert published["100B", "zero3", 512] == 62
     assert published["100B", "zero3", 128] == pytest.approx(62 / 0.72)
