@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_mics.accelerator import MiCSAccelerator as MiCSAccelerator
+    from hf_mics.callback import MiCSCallback as MiCSCallback
     from hf_mics.engine import apply_mics as apply_mics
     from hf_mics.engine import mics_engine as mics_engine
     from hf_mics.engine import remove_mics as remove_mics
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 # Resolved at first use: importing hf_mics must not load torch.
 _HOMES = {
     "MiCSAccelerator": "hf_mics.accelerator",
+    "MiCSCallback": "hf_mics.callback",
     "MiCSPlugin": "hf_mics.plugin",
     "Topology": "hf_mics.topology",
     "apply_mics": "hf_mics.engine",

@@ -52,10 +52,7 @@ def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:
     would be undone, because AcceleratorState copies PartialState.
     """
     cpu = cpu or not torch.accelerator.is_available()
-    if PartialState._shared_state.get("distributed_type") == DistributedType.NO and _launched_ranks() > 1:
-        # Somebody asked for PartialState() without cpu=True on a machine without accelerators: it took itself for a
-        # lone process.
-        PartialState._reset_state()
+    join_launched_job(cpu, **init_kwargs)
     state = PartialState(cpu, **init_kwargs)
     if state.distributed_type == DistributedType.NO:
         if not dist.is_initialized():
@@ -65,6 +62,28 @@ def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:
     elif state.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return state
+
+
+def join_launched_job(cpu: bool = True, **init_kwargs: Any) -> None:
+    """Joins the job of the launcher if accelerate took this process for a lone one.
+
+    `PartialState()` without `cpu=True`, which TrainingArguments calls, does so on a machine without accelerators.
+    """
+    if PartialState._shared_state.get("distributed_type") == DistributedType.NO and _launched_ranks() > 1:
+        PartialState._reset_state()
+        PartialState(cpu, **init_kwargs)
+
+
+def leave_mics_state() -> None:
+    """Lets accelerate's own Accelerator start anew after one under MiCS, whose plugin it would refuse.
+
+    TrainingArguments resets accelerate's state too, when it is made.
+    """
+    if not getattr(type(active_fsdp_plugin()), "knows_mics", False):
+        return
+    AcceleratorState._reset_state()
+    if PartialState().device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
 
 
 def _launched_ranks() -> int:

@@ -50,6 +50,8 @@ class MiCSAccelerator(StockAccelerator):
     """
 
     knows_mics = True
+    # Micro-steps per optimizer step where somebody else accumulates, as a Trainer does; for the start-up summary.
+    micro_steps: int | None = None
 
     def __init__(self, *args: Any, mics_plugin: MiCSPlugin | None = None, **kwargs: Any) -> None:
         bound = inspect.signature(StockAccelerator.__init__).bind_partial(self, *args, **kwargs)
@@ -100,6 +102,10 @@ class MiCSAccelerator(StockAccelerator):
         return result
 
     def _start_mics(self, model: torch.nn.Module) -> None:
+        if is_under_mics(model):
+            # Prepared again with a new optimizer: a Trainer's second train(), or its retry with a smaller batch.
+            mics_engine(model).schedule.drop_window()
+            return
         plugin = self.mics_plugin
         apply_mics(
             model,
@@ -111,7 +117,7 @@ class MiCSAccelerator(StockAccelerator):
             summary = start_up_summary(
                 mics_engine(model),
                 getattr(plugin, "wrap_report", ()),
-                micro_steps=self.gradient_accumulation_steps,
+                micro_steps=self.micro_steps or self.gradient_accumulation_steps,
                 node_names=self._node_names,
             )
             print(summary, file=sys.stderr, flush=True)

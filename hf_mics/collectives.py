@@ -65,12 +65,14 @@ class MiCSAllGather(AllGather):
         # With reshard_after_forward=N FSDP2 gathers a second time over a smaller group of its own.
         if inter is None or intra is None or group.size() != self._groups.partition.size():
             self._meter.add("all_gather", "partition", bytes_sent=_bytes(input_tensor) * (group.size() - 1))
-            return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+            with self._meter.timed("hop1", output_tensor.device):
+                return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         m, k = inter.size(), intra.size()
         shard_bytes = _bytes(input_tensor)
         self._meter.add("all_gather", "inter_node", bytes_sent=shard_bytes * (m - 1))
         self._meter.add("all_gather", "intra_node", calls=m, bytes_sent=shard_bytes * m * (k - 1))
-        return _run(self._stages(output_tensor, input_tensor, inter, intra), output_tensor.device, async_op)
+        with self._meter.timed("hop1", output_tensor.device):
+            return _run(self._stages(output_tensor, input_tensor, inter, intra), output_tensor.device, async_op)
 
     @staticmethod
     def _stages(
@@ -152,7 +154,8 @@ class MiCSReduceScatter(ReduceScatter):
             self._meter.add("reduce_scatter", "intra_node", calls=m, bytes_sent=shard_bytes * m * (k - 1))
             self._meter.add("reduce_scatter", "inter_node", bytes_sent=shard_bytes * (m - 1))
             stages = self._staged(output_tensor, wire, inter, intra, op)
-        return _run(stages, output_tensor.device, async_op)
+        with self._meter.timed("hop1", output_tensor.device):
+            return _run(stages, output_tensor.device, async_op)
 
     def _flat(self, output: torch.Tensor, wire: torch.Tensor, group: dist.ProcessGroup, op: Any) -> Iterator[dist.Work]:
         if wire.device.type == "cpu":

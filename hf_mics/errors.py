@@ -19,3 +19,7 @@ class TopologyError(MiCSError, ValueError):
 
 class WindowError(MiCSError, RuntimeError):
     """An accumulation window used in a way that would lose gradients."""
+
+
+class LossError(MiCSError, RuntimeError):
+    """A loss that is not finite, found before the optimizer step that would have spread it into the weights."""

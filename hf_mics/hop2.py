@@ -43,9 +43,10 @@ class ReplicationGroup(dist.ProcessGroup):
         self._meter.add("all_reduce", "replication", bytes_sent=size)
         try:
             # FSDP2 calls synchronously in its own stream; NCCL orders that stream itself and returns None.
-            work = self.inner.allreduce([wire], opts)
-            if work is not None:
-                work.wait()
+            with self._meter.timed("hop2", tensor.device):
+                work = self.inner.allreduce([wire], opts)
+                if work is not None:
+                    work.wait()
         except Exception as error:
             self._error = error
             raise

@@ -7,12 +7,21 @@ what ran rather than against itself.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 Phase = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Scope = Literal["partition", "inter_node", "intra_node", "replication"]
 Key = tuple[Phase, Scope]
+Hop = Literal["hop1", "hop2"]
+
+
+class Clock(Protocol):
+    """What times collectives; `hf_mics.clock.CollectiveClock` does."""
+
+    def span(self, hop: Hop, device: Any) -> AbstractContextManager[None]:
+        """Times what runs inside on `device`, a torch.device."""
 
 
 @dataclass
@@ -31,9 +40,14 @@ class Tally:
 
 
 class TrafficMeter:
-    """Running tallies of one rank, keyed by (phase, scope)."""
+    """Running tallies of one rank, keyed by (phase, scope).
+
+    Attributes:
+        clock: what times the collectives as well, None by default.
+    """
 
     def __init__(self) -> None:
+        self.clock: Clock | None = None
         self._tallies: defaultdict[Key, Tally] = defaultdict(Tally)
 
     def add(self, phase: Phase, scope: Scope, *, calls: int = 1, bytes_sent: int) -> None:
@@ -41,6 +55,10 @@ class TrafficMeter:
         tally = self._tallies[phase, scope]
         tally.calls += calls
         tally.bytes_sent += bytes_sent
+
+    def timed(self, hop: Hop, device: Any) -> AbstractContextManager[None]:
+        """Inside runs a collective of `hop` on `device`, timed if there is a clock."""
+        return nullcontext() if self.clock is None else self.clock.span(hop, device)
 
     def read(self) -> dict[Key, Tally]:
         """A copy of the tallies; keys that never ran are absent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -33,6 +33,8 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):
     Raises:
         ConfigError: FSDP version 1, or a value that is not one of the above.
     """
+
+    knows_mics: ClassVar[bool] = True
 
     partition_size: int | None = None
     node_size: int | None = None

@@ -29,7 +29,7 @@ def local_peak_flops_per_s() -> float | None:
     return peak_flops_per_s(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, sequence_length: int) -> float:
+def flops_per_token(num_parameters: float, num_layers: int, hidden_size: int, sequence_length: float) -> float:
     """Returns the model FLOP that training spends on one token: 6 N + 12 L h s (PaLM, arXiv 2204.02311, appendix B).
 
     Not modelled: norms, activations, softmax, the optimizer, the causal mask (attention counts as if it were full),

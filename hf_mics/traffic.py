@@ -7,7 +7,7 @@ shard per hop 2. It leaves out headers, the gradient norm's few bytes, and every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_mics.meter import Key, Tally
@@ -81,6 +81,20 @@ def predict(
         if r > 1 and unit.reduce_bytes:
             add(("all_reduce", "replication"), 1, all_reduce_bytes(unit.reduce_bytes // p, r))
     return StepTraffic(per_rank, _nic_bytes(topology, units, micro_steps, staged))
+
+
+def node_bytes(topology: Topology, tallies: Mapping[Key, Tally]) -> float:
+    """Bytes that left each node's network interface, averaged over nodes, when every rank sent `tallies`.
+
+    Collectives are taken for rings, along whose edges equal volumes flow; see `StepTraffic.nic_bytes`.
+    """
+    groups = {
+        "partition": topology.partition_groups,
+        "inter_node": topology.inter_node_groups,
+        "intra_node": (),
+        "replication": topology.replication_groups,
+    }
+    return sum(t.bytes_sent * _edges_per_node(topology, groups[scope]) for (_, scope), t in tallies.items())
 
 
 def all_reduce_bytes(size: int, ranks: int) -> int:

@@ -1,0 +1,248 @@
+"""How is MiCS used from the stock Trainer? `Trainer(..., callbacks=[MiCSCallback()])`
+
+The Trainer that gets the callback makes a MiCSAccelerator instead of accelerate's own, which is all that MiCS needs:
+the model is sharded and trained as through every other door. The callback adds what only a callback can: figures in
+the Trainer's log, a stop at the first loss that is not finite, and the way back to plain FSDP2 when training ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_mics._hf_compat import join_launched_job, leave_mics_state
+from hf_mics._trainer_compat import accelerator_class, replaced_accelerator, report_first, run_constructors_inside
+from hf_mics.accelerator import MiCSAccelerator
+from hf_mics.engine import apply_mics, is_under_mics, mics_engine, remove_mics
+from hf_mics.errors import ConfigError, LossError
+from hf_mics.loss_watch import LossWatch
+from hf_mics.plugin import MiCSPlugin
+from hf_mics.process_groups import say_to_all
+from hf_mics.summary import start_up_summary
+from hf_mics.training_meter import TrainingMeter
+
+
+class MiCSCallback(TrainerCallback):
+    """Trains the Trainer it is handed to under MiCS: `Trainer(..., callbacks=[MiCSCallback()])`.
+
+    While that Trainer is constructed, its Accelerator becomes a `MiCSAccelerator`; the job is joined on CPUs too, and
+    also when TrainingArguments has taken this process for a lone one. Each `train()` then: shards the model and puts
+    MiCS on it, runs hop 2 once per optimizer step, adds `mics/...` figures to the Trainer's training log (see
+    docs/trainer.md), raises before an optimizer step whose loss is not finite, and at its end gives the model back to
+    plain FSDP2 for evaluation and prediction. Under `-m hf_mics` MiCS is there already and stays; the callback adds the
+    figures and the stop. A model that transformers sharded at load time (`DistributedConfig`) keeps its own sharding.
+
+    Args:
+        mics_plugin: MiCS settings; default those of the accelerate config.
+
+    Raises:
+        ConfigError: DeepSpeed, no FSDP config, a second MiCSCallback in one Trainer, a callback that came after the
+            Trainer was made, or a model on a 1-D mesh; when the callback or the Trainer is made or training begins.
+        LossError: from `train()`, a loss that is not finite.
+    """
+
+    def __init__(self, mics_plugin: MiCSPlugin | None = None) -> None:
+        _refuse_deepspeed(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true")
+        self._plugin = mics_plugin
+        self._trainer: ReferenceType[Trainer] | None = None
+        # Whether MiCS comes and goes with this callback, rather than with the runner.
+        self._owns_mics = True
+        self._run: _Run | None = None
+        self._figures: dict[str, float] = {}
+        run_constructors_inside(_around_construction)
+
+    # -- construction of the Trainer -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _constructing(self, trainer: Trainer, arguments: Mapping[str, Any]) -> Iterator[None]:
+        args = arguments.get("args")
+        _refuse_deepspeed(bool(getattr(args, "deepspeed_plugin", None) or getattr(args, "deepspeed", None)))
+        base = accelerator_class()
+        self._owns_mics = not getattr(base, "knows_mics", False)
+        self._trainer = ref(trainer)
+        if getattr(arguments.get("model"), "is_distributed_loading_by_transformers", False):
+            join_launched_job()
+            yield
+        else:
+            micro_steps = args.gradient_accumulation_steps if args else 1
+            make = self._accelerator_maker(MiCSAccelerator if self._owns_mics else base, micro_steps)
+            with replaced_accelerator(make):
+                yield
+        report_first(trainer, self)
+
+    def _accelerator_maker(self, base: Callable[..., MiCSAccelerator], micro_steps: int) -> Callable[..., Any]:
+        def make(**kwargs: Any) -> MiCSAccelerator:
+            if self._plugin is not None:
+                kwargs["mics_plugin"] = self._plugin
+            accelerator = base(**kwargs)
+            accelerator.micro_steps = micro_steps
+            return accelerator
+
+        return make
+
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        """Refuses a callback that came as a class: the Trainer has made it, and its own Accelerator before."""
+        self._my_trainer()
+
+    def _my_trainer(self) -> Trainer:
+        trainer = self._trainer() if self._trainer else None
+        if trainer is None:
+            raise ConfigError(
+                "MiCSCallback must be there when the Trainer is made, because that is when it makes its Accelerator. "
+                "Expected an object, Trainer(..., callbacks=[MiCSCallback()]); got the class, or add_callback() later."
+            )
+        return trainer
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts MiCS on the model unless the MiCSAccelerator has, and starts measuring."""
+        self._stop()
+        trainer = self._my_trainer()
+        model: nn.Module = kwargs["model"]
+        if model is not trainer.model:
+            raise ConfigError(
+                "this MiCSCallback was handed to another Trainer since; expected one callback for each Trainer. Pass "
+                "each its own MiCSCallback()."
+            )
+        if not is_under_mics(model):
+            self._apply(model, args)
+        self._run = _Run(model, trainer.accelerator)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Starts a window."""
+        if self._run:
+            self._run.begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Raises LossError on every rank if a loss of this window was not finite on any."""
+        if self._run:
+            self._run.check_loss(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measures the step; collects the figures when the Trainer is about to log."""
+        if self._run:
+            self._run.meter.end_step()
+            self._collect(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Collects the figures when the Trainer logs once per epoch."""
+        self._collect(control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Adds the figures to the training log and to `log_history`."""
+        if logs is not None and "loss" in logs and self._figures:
+            logs.update(self._figures)
+            state.log_history[-1].update(self._figures)
+            self._figures = {}
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Leaves evaluation out of the step times."""
+        if self._run:
+            self._run.meter.skip_pause()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Leaves saving out of the step times."""
+        if self._run:
+            self._run.meter.skip_pause()
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        """Gives the model back to plain FSDP2, unless the script runs under `-m hf_mics`."""
+        self._stop()
+        if self._owns_mics and is_under_mics(kwargs["model"]):
+            remove_mics(kwargs["model"])
+
+    def _collect(self, control: TrainerControl) -> None:
+        # Here and not in on_log, which a script may call on one rank: collecting is a collective.
+        if self._run and control.should_log:
+            figures = self._run.meter.collect()
+            if figures:
+                self._figures = {f"mics/{name}": float(f"{value:.4g}") for name, value in figures.items()}
+
+    def _apply(self, model: nn.Module, args: TrainingArguments) -> None:
+        settings = self._plugin.settings() if self._plugin else {}
+        settings.pop("partition_size", None)
+        apply_mics(model, **settings)
+        if args.process_index == 0:
+            summary = start_up_summary(mics_engine(model), (), micro_steps=args.gradient_accumulation_steps)
+            print(summary, file=sys.stderr, flush=True)
+
+    def _stop(self) -> None:
+        if self._run:
+            self._run.close()
+            self._run = None
+
+
+class _Run:
+    """What one `train()` needs, from its beginning to its end."""
+
+    def __init__(self, model: nn.Module, accelerator: Any) -> None:
+        self.meter = TrainingMeter(model, mics_engine(model))
+        self.losses = LossWatch(accelerator)
+
+    def begin_step(self) -> None:
+        self.meter.begin_step()
+        self.losses.begin_window()
+
+    def check_loss(self, step: int) -> None:
+        bad = self.losses.first_bad()
+        if bad is None:
+            return
+        micro_step, rank = bad
+        node = say_to_all(socket.gethostname)[rank]
+        raise LossError(
+            f"the loss is not finite: optimizer step {step}, micro-step {micro_step}, seen first by rank {rank} on "
+            f"node {node}. Training stops before that step: weights, optimizer and checkpoints are those of step "
+            f"{step - 1} and before. Look at that rank's batch, lower the learning rate or max_grad_norm, or, under "
+            "fp16, use bf16; then resume from the last checkpoint."
+        )
+
+    def close(self) -> None:
+        self.meter.close()
+        self.losses.close()
+
+
+@contextlib.contextmanager
+def _around_construction(trainer: Trainer, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Around every construction of a Trainer: next to nothing, unless it is handed a MiCSCallback."""
+    ours = [callback for callback in arguments.get("callbacks") or () if isinstance(callback, MiCSCallback)]
+    if len(ours) > 1:
+        raise ConfigError(
+            f"one Trainer was handed {len(ours)} MiCSCallbacks; expected one, which does all there is to do. Remove "
+            "the others."
+        )
+    if ours:
+        with ours[0]._constructing(trainer, arguments):
+            yield
+        return
+    if not getattr(accelerator_class(), "knows_mics", False):
+        leave_mics_state()
+    yield
+
+
+def _refuse_deepspeed(enabled: bool) -> None:
+    if enabled:
+        raise ConfigError(
+            "MiCSCallback cannot train with DeepSpeed, which brings its own sharding: expected `distributed_type: "
+            "FSDP` with `fsdp_version: 2` in the accelerate config and no `deepspeed` in TrainingArguments; see "
+            "recipes/configs."
+        )

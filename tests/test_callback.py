@@ -1,0 +1,86 @@
+"""Does the stock Trainer with MiCSCallback train as one process does, and behave in every other way as it did?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.assets.trainer_door import MODELS, make_model, make_trainer, report
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(__file__).parent / "assets"
+CONFIG = ROOT / "recipes" / "configs" / "cpu_2x2.yaml"
+# SGD keeps differences proportional to the fp32 rounding of sums over 4 ranks x 2 micro-steps x 24 tokens, about 1e-7
+# of gradients of order 1, times 10 steps of rate 0.1; losses and norms are sums of as many terms.
+TOLERANCE = 2e-6
+
+
+def launch(report: Path, *command: str | Path) -> tuple[dict[str, Any], str]:
+    """Launches a script on 4 ranks as a user would; returns what it saved in `report` and its stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0")
+    result = subprocess.run(
+        [sys.executable, *map(str, (*launcher, *command))],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return torch.load(report), result.stderr
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the same script reports with the callback, under the runner, and in one process on the global batch."""
+    folder = tmp_path_factory.mktemp("doors")
+    script = ASSETS / "trainer_door.py"
+    seen: dict[str, dict[str, Any]] = {"alone": {}}
+    seen["callback"], stderr = launch(folder / "callback", script, folder / "callback", "--callback")
+    assert stderr.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == len(MODELS)
+    assert stderr.count("per optimizer step of 2 micro-steps") == len(MODELS)
+    seen["runner"], _ = launch(folder / "runner", "-m", "hf_mics", script, folder / "runner")
+    for name in MODELS:
+        trainer = make_trainer(name, str(folder / "alone"), 8, [])
+        trainer.train()
+        seen["alone"][name] = report(trainer)
+    return seen
+
+
+def series(of: dict[str, Any], key: str) -> list[float]:
+    return [entry[key] for entry in of["log"] if key in entry]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_callback_and_the_runner_give_the_same_weights(doors: dict[str, dict[str, Any]], name: str) -> None:
+    ours, runner = doors["callback"][name], doors["runner"][name]
+    assert ours["weights"].keys() == runner["weights"].keys()
+    assert all(torch.equal(ours["weights"][key], runner["weights"][key]) for key in ours["weights"])
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert series(ours, key) == series(runner, key)
+    assert ours["evaluation"] == runner["evaluation"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_curve_and_weights_are_those_of_one_process_on_the_same_global_batch(
+    doors: dict[str, dict[str, Any]], name: str
+) -> None:
+    ours, alone = doors["callback"][name], doors["alone"][name]
+    assert len(series(ours, "loss")) == 10
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert series(ours, key) == pytest.approx(series(alone, key), rel=TOLERANCE)
+    assert ours["evaluation"] == pytest.approx(alone["evaluation"], rel=TOLERANCE)
+    difference = max((ours["weights"][n] - alone["weights"][n]).abs().max().item() for n in alone["weights"])
+    moved = max((w - make_model(name).state_dict()[n]).abs().max().item() for n, w in alone["weights"].items())
+    assert difference < TOLERANCE < 1e-3 * moved
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hop_2_runs_once_per_unit_and_optimizer_step_short_last_windows_included(
+    doors: dict[str, dict[str, Any]], name: str
+) -> None:
+    assert doors["callback"][name]["hop 2 calls"] == list(range(1, 11))
+    assert doors["runner"][name]["hop 2 calls"] == list(range(1, 11))
