@@ -8,19 +8,23 @@ distributed type on machines without accelerators, and the class that scripts im
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import accelerate
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, PartialState
 from accelerate import accelerator as accelerator_module
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.checkpoint import default_planner
 
 # Bound before the runner puts its own class under these names.
 StockAccelerator = Accelerator
@@ -42,6 +46,53 @@ def replaced_preparation(shard: Prepare, checkpoint_activations: Prepare) -> Ite
         yield
     finally:
         accelerator_module.fsdp2_prepare_model, accelerator_module.fsdp2_apply_ac = former
+
+
+@contextlib.contextmanager
+def replaced_storage(
+    *, writer: Callable[..., Any], planner: Callable[..., Any], reader: Callable[..., Any]
+) -> Iterator[None]:
+    """Inside, accelerate's FSDP checkpoint functions use these in place of torch.distributed.checkpoint's.
+
+    Those functions look `FileSystemWriter`, `DefaultSavePlanner` and `FileSystemReader` up there on every call.
+    """
+    places = [(dcp, "FileSystemWriter", writer), (default_planner, "DefaultSavePlanner", planner)]
+    places.append((dcp, "FileSystemReader", reader))
+    former = [getattr(module, name) for module, name, _ in places]
+    for module, name, replacement in places:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(places, former, strict=True):
+            setattr(module, name, original)
+
+
+CHECKPOINT_FUNCTIONS = ("save_fsdp_model", "save_fsdp_optimizer", "load_fsdp_model", "load_fsdp_optimizer")
+
+
+def run_checkpoint_functions_inside(around: Callable[..., Any], module: ModuleType) -> None:
+    """From now on the FSDP checkpoint functions that `module` has imported from accelerate run as `around` says.
+
+    `around(original, plugin, accelerator, *rest)` is called for accelerators that know MiCS; others see no difference.
+    """
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(plugin: Any, accelerator: Any, *rest: Any, **options: Any) -> Any:
+            if not getattr(accelerator, "knows_mics", False):
+                return original(plugin, accelerator, *rest, **options)
+            return around(original, plugin, accelerator, *rest, **options)
+
+        wrapped.__dict__[_WRAPPED] = True
+        return wrapped
+
+    for name in CHECKPOINT_FUNCTIONS:
+        if not hasattr(getattr(module, name), _WRAPPED):
+            setattr(module, name, wrap(getattr(module, name)))
+
+
+_WRAPPED = "_hf_mics_wrapped"
 
 
 def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:

@@ -9,10 +9,13 @@ import socket
 import sys
 import time
 import warnings
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import accelerator as accelerator_module
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
@@ -21,8 +24,12 @@ from hf_mics._hf_compat import (
     accelerate_is_initialized,
     active_fsdp_plugin,
     replaced_preparation,
+    run_checkpoint_functions_inside,
     start_process_state,
 )
+from hf_mics.checkpoint.accelerate_state import load_state, save_state
+from hf_mics.checkpoint.resuming import around_checkpoint_function
+from hf_mics.checkpoint.stop import StopRequest
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, node_size_from_launcher
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology
@@ -67,6 +74,12 @@ class MiCSAccelerator(StockAccelerator):
             dp_replicate_size=self.topology.replication_size, dp_shard_size=self.topology.partition_size
         )
         super().__init__(**given)
+        self._companions: list[Any] = []
+        self._stop_request = StopRequest()
+        run_checkpoint_functions_inside(around_checkpoint_function, accelerator_module)
+        if "transformers.trainer" in sys.modules:
+            # Whoever makes a Trainer has loaded it; others need not wait for it.
+            import_module("hf_mics.checkpoint.trainer_state").make_trainers_safe()
         _leave_job_at_exit()
         self._warn_if_two_hop_is_off()
 
@@ -83,11 +96,50 @@ class MiCSAccelerator(StockAccelerator):
         norm = super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def load_state(self, *args: Any, **kwargs: Any) -> None:
-        """Loads as `Accelerator.load_state`; an unfinished accumulation window is dropped."""
-        super().load_state(*args, **kwargs)
+    def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Path:
+        """Saves as `Accelerator.save_state`; the folder appears when it is complete, else not at all.
+
+        Each shard is written by one of the ranks that hold it. The folder also gets the model's configuration and what
+        `save_with_checkpoints` was given. `total_limit` counts complete checkpoints and never deletes the newest.
+
+        Raises:
+            CheckpointError: some rank could not write; on every rank alike.
+        """
+        stock_save = super().save_state
+        return save_state(self, lambda folder: stock_save(folder, *args, **kwargs), output_dir, self._companions)
+
+    def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Loads as `Accelerator.load_state`, also what other ranks in other groups saved, in either format.
+
+        Without `input_dir`, under automatic naming, it takes the newest complete checkpoint and says what it skipped.
+        An unfinished accumulation window is dropped.
+
+        Raises:
+            CheckpointError: no checkpoint, a damaged one, or one of another model or optimizer; before anything is
+                loaded and on every rank alike.
+        """
+        stock_load = super().load_state
+        load_state(self, lambda folder: stock_load(folder, *args, **kwargs), input_dir)
         for model in filter(is_under_mics, self._models):
             mics_engine(model).schedule.drop_window()
+
+    def should_stop(self) -> bool:
+        """Whether SIGTERM has reached any rank; if so, save and end.
+
+        To be asked at the end of every optimizer step, on every rank. From the first call on SIGTERM no longer ends the
+        process by itself, until `end_training()`. All ranks get the same answer, from an all-reduce of one number.
+        """
+        self._stop_request.listen()
+        return self._stop_request.agreed(self.device)
+
+    def end_training(self) -> None:
+        """Ends as `Accelerator.end_training`; SIGTERM ends the process again."""
+        self._stop_request.ignore()
+        super().end_training()
+
+    def save_with_checkpoints(self, *companions: Any) -> None:
+        """From now on every checkpoint folder gets these too: tokenizers, processors, what has `save_pretrained`."""
+        self._companions.extend(companions)
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """The full state as `Accelerator.get_state_dict`, in the shapes from before sharding."""

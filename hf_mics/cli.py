@@ -16,6 +16,7 @@ from hf_mics.errors import MiCSError
 COMMANDS: dict[str, str] = {
     "measure": "measure a cluster's links and computing, under accelerate launch, and write a cluster file",
     "simulate": "predict weak and strong scaling of MiCS and its peers, as tables and plots",
+    "export": "turn a training checkpoint into a folder that from_pretrained loads",
 }
 """What each command does, in the words of `hf-mics --help`."""
 

@@ -23,3 +23,7 @@ class WindowError(MiCSError, RuntimeError):
 
 class LossError(MiCSError, RuntimeError):
     """A loss that is not finite, found before the optimizer step that would have spread it into the weights."""
+
+
+class CheckpointError(MiCSError, RuntimeError):
+    """A checkpoint that could not be written, or cannot be resumed by this run."""

@@ -112,17 +112,22 @@ def _fully_shard(accelerator: Any, model: nn.Module, ignored: set[nn.Parameter])
     plugin.wrap_report = (plan.describe(), *plan.skipped)
 
 
-def restore_scalars(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The full `state` of a sharded `model` in the shapes from before sharding, without which nothing can load it.
-
-    Sharding gives parameters without dimensions one. `state` is not changed.
-    """
+def scalar_names(model: nn.Module) -> set[str]:
+    """State-dict names of the parameters that had no dimension before sharding gave them one."""
     names = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         for name in _SCALARS.get(module, ())
     ]
-    scalars = fsdp2_canonicalize_names(dict.fromkeys(names))
+    return set(fsdp2_canonicalize_names(dict.fromkeys(names)))
+
+
+def restore_scalars(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The full `state` of a sharded `model` in the shapes from before sharding, without which nothing can load it.
+
+    Sharding gives parameters without dimensions one. `state` is not changed.
+    """
+    scalars = scalar_names(model)
     return {key: value.reshape(()) if key in scalars else value for key, value in state.items()}
 
 

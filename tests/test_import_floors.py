@@ -36,6 +36,7 @@ FLOORS = {
         "wrapping",
         "sharding",
         "summary",
+        "checkpoint",
         "accelerator",
         "_trainer_compat",
         "callback",

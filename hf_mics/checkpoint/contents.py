@@ -1,0 +1,140 @@
+"""What of a model goes into a checkpoint beside its tensors, and what must be the same to resume it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from hf_mics.checkpoint.mark import ModelNote
+from hf_mics.checkpoint.storage import read_description
+from hf_mics.errors import CheckpointError
+from hf_mics.sharding import scalar_names
+from hf_mics.wrapping import class_name, plain
+
+Shapes = dict[str, tuple[int, ...]]
+
+MODEL_FOLDER, MODEL_FILE = "pytorch_model_fsdp_{}", "pytorch_model_fsdp{}.bin"
+OPTIMIZER_FOLDER, OPTIMIZER_FILE = "optimizer_{}", "optimizer{}.bin"
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """State-dict names that share another name's tensor, to that first name."""
+    first: dict[int, str] = {}
+    tied = {}
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        kept = first.setdefault(id(tensor), name)
+        if kept != name:
+            tied[_canonical(name)] = _canonical(kept)
+    return tied
+
+
+def _canonical(name: str) -> str:
+    """As the state dict calls it, without the wrappers of compilation and activation checkpointing."""
+    return next(iter(fsdp2_canonicalize_names({name: None})))
+
+
+def model_note(model: nn.Module) -> ModelNote:
+    """What the mark says about `model`."""
+    return ModelNote(class_name=class_name(model), tied=tied_names(model), scalars=sorted(scalar_names(model)))
+
+
+def optimizer_class(optimizer: Any) -> str:
+    """The class of the optimizer that accelerate has wrapped."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def write_descriptions(folder: Path, model: nn.Module, others: Iterable[Any] = ()) -> None:
+    """Writes what `from_pretrained` needs beside the weights: configuration, generation defaults, tokenizer.
+
+    Args:
+        others: objects with `save_pretrained`, as tokenizers and processors.
+    """
+    described: Any = plain(model)
+    if is_peft_model(described):
+        for adapter in described.active_adapters:
+            described.peft_config[adapter].save_pretrained(folder)
+    elif hasattr(getattr(described, "config", None), "save_pretrained"):
+        # As PreTrainedModel.save_pretrained sets them; it cannot be asked for the configuration alone.
+        described.config.architectures = [class_name(described)]
+        if isinstance(getattr(described, "dtype", None), torch.dtype):
+            described.config.dtype = str(described.dtype).removeprefix("torch.")
+        described.config.save_pretrained(folder)
+        if hasattr(described, "can_generate") and described.can_generate():
+            described.generation_config.save_pretrained(folder)
+    for other in others:
+        other.save_pretrained(folder)
+
+
+def state_format(folder: Path, index: int = 0) -> str | None:
+    """ "sharded" or "full": how model `index` is stored in `folder`; None if it is not."""
+    if (folder / MODEL_FOLDER.format(index) / ".metadata").is_file():
+        return "sharded"
+    return "full" if model_file(folder, index).is_file() else None
+
+
+def model_file(folder: Path, index: int) -> Path:
+    """Where full state of model `index` is."""
+    return folder / MODEL_FILE.format(f"_{index}" if index else "")
+
+
+def optimizer_file(folder: Path, index: int) -> Path:
+    """Where full state of optimizer `index` is."""
+    return folder / OPTIMIZER_FILE.format(f"_{index}" if index else "")
+
+
+def saved_shapes(folder: Path, index: int) -> Shapes:
+    """Names and shapes of model `index` in a checkpoint, without its data."""
+    if state_format(folder, index) == "sharded":
+        described = read_description(folder / MODEL_FOLDER.format(index)).state_dict_metadata
+        return {name.removeprefix("model."): tuple(getattr(d, "size", ())) for name, d in described.items()}
+    state = load_whole(model_file(folder, index))
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """The state dict in `path`, its tensors still on disk until they are used.
+
+    Raises:
+        CheckpointError: the file is cut short or not one of torch's.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {str(error).splitlines()[0]}. Resume from another checkpoint."
+        ) from error
+
+
+def present_shapes(model: nn.Module, adapter_only: bool) -> Shapes:
+    """Names and shapes of the state dict that accelerate would load into `model`."""
+    if adapter_only and is_peft_model(model):
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(model, adapter_name=str(model.active_adapter))
+    else:
+        state = get_model_state_dict(model)
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def saved_optimizer_names(folder: Path, index: int) -> set[str]:
+    """Names of the parameters for which optimizer `index` of a checkpoint has state; none under plain SGD."""
+    if (folder / OPTIMIZER_FOLDER.format(index) / ".metadata").is_file():
+        start = "optimizer.state."
+        described = read_description(folder / OPTIMIZER_FOLDER.format(index)).state_dict_metadata
+        return {name[len(start) :].rpartition(".")[0] for name in described if name.startswith(start)}
+    return set(load_whole(optimizer_file(folder, index))["state"])
+
+
+def present_optimizer_names(model: nn.Module, optimizer: Any) -> set[str]:
+    """Names of the parameters that `optimizer` trains now."""
+    trained = {id(param) for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
+    return {_canonical(name) for name, param in model.named_parameters() if id(param) in trained}

@@ -1,0 +1,151 @@
+"""How does a checkpoint become a Hugging Face folder, without GPUs, in the memory of its largest tensor?"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from hf_mics.checkpoint.check import check_folder
+from hf_mics.checkpoint.contents import MODEL_FOLDER, load_whole, model_file, state_format
+from hf_mics.checkpoint.folder import discard, staging_folder, start_saving
+from hf_mics.checkpoint.mark import MARK_NAME
+from hf_mics.checkpoint.storage import read_description
+from hf_mics.errors import CheckpointError, ConfigError
+
+# Smaller files would be many, and save no memory worth it.
+SMALLEST_SHARD_BYTES = 32 * 2**20
+
+# Training state, in the names of accelerate and transformers; everything else in a checkpoint describes the model.
+_NOT_DESCRIPTIONS = (
+    MARK_NAME, ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors", "*.safetensors.index.json",
+    "trainer_state.json", "README.md",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote: tensors, their bytes, weight files, and whether there is a configuration beside them."""
+
+    tensors: int
+    weight_bytes: int
+    files: int
+    loads_with: str
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, *, model_index: int = 0, max_shard_size: int | str | None = None
+) -> Exported:
+    """Writes the model of `checkpoint` as safetensors with an index, with its configuration and tokenizer, into `out`.
+
+    Tied weights are stored once, as `save_pretrained` does. `out` appears when it is complete.
+
+    Args:
+        checkpoint: a folder of `save_state`, of a Trainer, or of plain accelerate FSDP; sharded or full state.
+        model_index: which model, where an Accelerator prepared several.
+        max_shard_size: of a weight file, in bytes or as "5GB"; a file is put together in memory. Default: the largest
+            tensor, at least 32 MiB.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one without this model.
+        ConfigError: `out` is there already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; expected a new or empty folder. Choose another, or remove it.")
+    mark = check_folder(checkpoint)
+    described, load = _source(checkpoint, model_index)
+    note = mark.models[model_index] if mark and model_index < len(mark.models) else None
+    described = {name: tensor for name, tensor in described.items() if not note or name not in note.tied}
+    scalars = set(note.scalars) if note else set()
+    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    largest = max((tensor.nbytes for tensor in described.values()), default=0)
+    split = split_torch_state_dict_into_shards(
+        described,
+        filename_pattern="adapter_model{suffix}.safetensors" if is_adapter else "model{suffix}.safetensors",
+        max_shard_size=max_shard_size or max(largest, SMALLEST_SHARD_BYTES),
+    )
+    start_saving(out)
+    folder = staging_folder(out)
+    try:
+        for file_name, names in split.filename_to_tensors.items():
+            tensors = {name: t.reshape(()) if name in scalars else t for name, t in load(names).items()}
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+            del tensors
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if model_index == 0:
+            _copy_descriptions(checkpoint, folder)
+        has_config = (folder / "config.json").is_file()
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        discard(out)
+    loads_with = "PeftModel.from_pretrained" if is_adapter else "from_pretrained" if has_config else "safetensors"
+    return Exported(
+        tensors=len(described),
+        weight_bytes=sum(tensor.nbytes for tensor in described.values()),
+        files=len(split.filename_to_tensors),
+        loads_with=loads_with,
+    )
+
+
+Load = Callable[[Iterable[str]], dict[str, torch.Tensor]]
+
+
+def _source(checkpoint: Path, model_index: int) -> tuple[dict[str, torch.Tensor], Load]:
+    """The model's tensors on the meta device, and what loads some of them."""
+    kind = state_format(checkpoint, model_index)
+    if kind is None:
+        has_model = any(checkpoint.glob("*.safetensors"))
+        hint = " It holds safetensors, which from_pretrained loads as they are." if has_model else ""
+        raise CheckpointError(f"{checkpoint} holds no state of model {model_index}, which training would resume.{hint}")
+    if kind == "sharded":
+        return _sharded(checkpoint / MODEL_FOLDER.format(model_index))
+    return _whole(model_file(checkpoint, model_index))
+
+
+def _sharded(folder: Path) -> tuple[dict[str, torch.Tensor], Load]:
+    prefix = "model."
+    described = {
+        name.removeprefix(prefix): torch.empty(item.size, dtype=item.properties.dtype, device="meta")
+        for name, item in read_description(folder).state_dict_metadata.items()
+        if hasattr(item, "size")
+    }
+
+    def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.empty_like(described[name], device="cpu") for name in names}
+        dcp.load({prefix[:-1]: tensors}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        return tensors
+
+    return described, load
+
+
+def _whole(path: Path) -> tuple[dict[str, torch.Tensor], Load]:
+    described = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in load_whole(path).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+    def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        # Mapped anew for every file, so that pages of those before are given back.
+        state = load_whole(path)
+        return {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
+
+    return described, load
+
+
+def _copy_descriptions(checkpoint: Path, folder: Path) -> None:
+    for path in checkpoint.iterdir():
+        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_DESCRIPTIONS):
+            shutil.copy2(path, folder / path.name)

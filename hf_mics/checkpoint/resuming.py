@@ -1,0 +1,106 @@
+"""How does a run take up a checkpoint, also one that other ranks saved?"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from torch import nn
+
+from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer, say_what_moves
+from hf_mics.checkpoint.contents import optimizer_class, present_optimizer_names, present_shapes, state_format
+from hf_mics.checkpoint.mark import Mark
+from hf_mics.checkpoint.saving import format_of, is_main, storage_for
+from hf_mics.checkpoint.together import main_decides, together
+from hf_mics.wrapping import class_name
+
+
+def check_checkpoint(
+    accelerator: Any, folder: Path, models: Sequence[nn.Module], optimizers: Sequence[Any], adapter_only: bool = False
+) -> Mark | None:
+    """Makes sure that every model and optimizer finds its own state in `folder`, before any is loaded; a collective.
+
+    Returns:
+        The checkpoint's mark; None for one of plain accelerate.
+
+    Raises:
+        CheckpointError: on every rank alike.
+    """
+    shapes = [present_shapes(model, adapter_only) for model in models]
+
+    def check() -> Mark | None:
+        mark = check_folder(folder)
+        for index, model in enumerate(models):
+            check_model(folder, mark, index, shapes[index], class_name(model))
+        for index, optimizer in enumerate(optimizers):
+            names = present_optimizer_names(models[index], optimizer)
+            check_optimizer(folder, mark, index, names, optimizer_class(optimizer))
+        return mark
+
+    mark = main_decides(check)
+    if is_main():
+        topology = accelerator.topology
+        moved = say_what_moves(mark, world_size=topology.world_size, partition_size=topology.partition_size)
+        unmarked = "" if mark else " (without a completion mark, as plain accelerate saves it)"
+        print(f"MiCS: resuming from {folder}{moved}{unmarked}", file=sys.stderr, flush=True)
+    return mark
+
+
+@contextlib.contextmanager
+def in_format_of(plugin: Any, folder: Path, index: int = 0) -> Iterator[None]:
+    """Inside, accelerate's FSDP plugin is set to the format in which `folder` holds model `index`."""
+    wanted = state_format(folder, index) or format_of(plugin)
+    with in_format(plugin, wanted):
+        yield
+
+
+@contextlib.contextmanager
+def in_format(plugin: Any, wanted: str) -> Iterator[None]:
+    """Inside, accelerate's FSDP plugin is set to write and read "sharded" or "full" state."""
+    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    former = {name: getattr(plugin, name) for name in names}
+    if wanted != format_of(plugin):
+        plugin.state_dict_config = plugin.optim_state_dict_config = None
+        plugin.set_state_dict_type(f"{wanted}_STATE_DICT")
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            setattr(plugin, name, value)
+
+
+def around_checkpoint_function(
+    original: Callable[..., Any], plugin: Any, accelerator: Any, *rest: Any, **options: Any
+) -> Any:
+    """Runs one of accelerate's FSDP checkpoint functions on our storage; if it fails on a rank, it fails on all.
+
+    Loading takes the format that it finds, whatever the plugin is set to write.
+    """
+    is_model, is_load = original.__name__.endswith("model"), original.__name__.startswith("load")
+    model = rest[0] if is_model else rest[1]
+    folder = Path(options["input_dir"] if "input_dir" in options else rest[1 if is_model else 2]) if is_load else None
+    doing = "could not load" if is_load else "could not save"
+    with storage_for(accelerator, model), in_format_of(plugin, folder) if folder else contextlib.nullcontext():
+        return together(
+            f"{doing} {'model' if is_model else 'optimizer'} state",
+            lambda: original(plugin, accelerator, *rest, **options),
+        )
+
+
+def continue_random_state(own: Path, of_rank_0: Path, rank: int) -> bool:
+    """Starts a random stream for a rank whose own was not saved, because the checkpoint comes from fewer ranks.
+
+    It follows from the checkpoint and the rank: another resume finds the same, and no two ranks share one.
+
+    Returns:
+        Whether there was need to; else the rank's own state is in `own`.
+    """
+    if own.is_file() or not of_rank_0.is_file():
+        return False
+    set_seed((zlib.crc32(of_rank_0.read_bytes()) + rank) % 2**32)
+    return True

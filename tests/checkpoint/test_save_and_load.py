@@ -1,0 +1,258 @@
+"""Do save_state and load_state resume bit-equal, move between layouts and formats, and write each byte once?"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_mics import MiCSPlugin
+from hf_mics.checkpoint.accelerate_state import convert_schedules
+from hf_mics.checkpoint.storage import NodeReader
+from hf_mics.errors import CheckpointError
+from hf_mics.testing import run_ranks
+from tests import tiny
+from tests.checkpoint.loop import SAVED_AT, start, train
+from tests.checkpoint.test_folder import make_mark
+from tests.test_accelerator import fresh_accelerator, full_weights
+
+# Adam's step is lr * m / (sqrt(v) + eps): with lr 1e-2 and eps 1e-3 it magnifies a difference between gradients at most
+# tenfold. Sums over ranks in another order differ by fp32 rounding, about 1e-7 of gradients of order 1, so by 1e-6 a
+# step in the weights, over the 8 steps after the checkpoint.
+TOLERANCE = 1e-5
+
+
+def run_whole(folder: str, state_format: str, dropout: float) -> dict[str, Any]:
+    parts = start(2, state_format, dropout)
+    losses = train(*parts, folder=folder)
+    return {"losses": losses, "weights": full_weights(parts[1]), "draw": torch.rand(1).item()}
+
+
+def resume(folder: str, partition: int, state_format: str, dropout: float) -> dict[str, Any]:
+    parts = start(partition, state_format, dropout)
+    torch.manual_seed(999)
+    random.seed(999)
+    np.random.seed(999)
+    parts[0].load_state(folder)
+    first_draws = random.random(), np.random.rand(), torch.rand(1).item()
+    parts[0].load_state(folder)
+    losses = train(*parts, first=SAVED_AT)
+    return {
+        "losses": losses,
+        "weights": full_weights(parts[1]),
+        "draw": torch.rand(1).item(),
+        "first_draws": first_draws,
+    }
+
+
+def save_all(folder: str) -> dict[tuple[str, float], dict[str, Any]]:
+    cases = [("sharded", 0.1), ("full", 0.1), ("sharded", 0.0), ("full", 0.0)]
+    return {(form, dropout): run_whole(f"{folder}/{form}_{dropout}", form, dropout) for form, dropout in cases}
+
+
+def resume_all(folder: str, cases: list[tuple[str, float, int, str]]) -> list[dict[str, Any]]:
+    return [resume(f"{folder}/{form}_{dropout}", p, own, dropout) for form, dropout, p, own in cases]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[tuple[str, float], dict[str, Any]]]]:
+    """A folder with checkpoints saved on 2x2, and what the runs that saved them came to, by rank."""
+    folder = str(tmp_path_factory.mktemp("saved"))
+    return folder, run_ranks(save_all, 4, folder)
+
+
+@pytest.fixture(scope="module")
+def resumed_on_4(saved: tuple[str, Any]) -> dict[tuple[str, float, int, str], list[dict[str, Any]]]:
+    """What resumed runs on 4 ranks came to: by format and dropout of the checkpoint, partition size, format set."""
+    cases = [("sharded", 0.1, 2, "sharded"), ("full", 0.1, 2, "full"), ("sharded", 0.0, 4, "full")]
+    cases.append(("full", 0.0, 1, "sharded"))
+    return dict(zip(cases, zip(*run_ranks(resume_all, 4, saved[0], cases), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_resumed_run_on_the_same_layout_is_bit_equal_with_dropout_in_mid_epoch(
+    saved: Any, resumed_on_4: Any, form: str
+) -> None:
+    for rank, resumed in enumerate(resumed_on_4[form, 0.1, 2, form]):
+        whole = saved[1][rank][form, 0.1]
+        assert resumed["losses"] == whole["losses"][SAVED_AT:]
+        assert resumed["draw"] == whole["draw"]
+        assert all(torch.equal(whole["weights"][name], resumed["weights"][name]) for name in whole["weights"])
+
+
+def check_moved(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
+    assert len(resumed["losses"]) == 12 - SAVED_AT
+    assert resumed["losses"] == pytest.approx(whole["losses"][SAVED_AT:], abs=TOLERANCE)
+    for name, weight in whole["weights"].items():
+        assert (weight - resumed["weights"][name]).abs().max() < TOLERANCE, name
+
+
+@pytest.mark.parametrize("case", [("sharded", 0.0, 4, "full"), ("full", 0.0, 1, "sharded")])
+def test_checkpoint_moves_to_other_groups_and_is_read_in_either_format(
+    saved: Any, resumed_on_4: Any, case: Any
+) -> None:
+    check_moved(saved[1][0][case[:2]], resumed_on_4[case][0])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_checkpoint_moves_to_fewer_ranks(saved: Any, world: int) -> None:
+    cases = [("sharded", 0.0, world, "sharded"), ("full", 0.0, world, "full")]
+    for results in run_ranks(resume_all, world, saved[0], cases):
+        for (form, dropout, *_), resumed in zip(cases, results, strict=True):
+            check_moved(saved[1][0][form, dropout], resumed)
+
+
+class Sizes(nn.Module):
+    """Two layers that share a weight, odd widths, a bias, and a parameter without dimensions; 1.1 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(257, 257), nn.Linear(257, 257), nn.Linear(257, 301)
+        self.b.weight = self.a.weight
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(rows))) * self.scale
+
+
+def measure_storage(folder: str, layout: str) -> dict[str, Any]:
+    accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2))
+    torch.manual_seed(0)
+    model = Sizes()
+    state_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.randn(2, 257)).square().mean())
+    optimizer.step()
+    if layout == "one node":
+        accelerator.save_state(folder)
+    before = full_weights(model)
+    for param in model.parameters():
+        param.data.zero_()
+    read: list[tuple[str, tuple[str, int], int]] = []
+    original = NodeReader.read_piece
+
+    def counting(self: NodeReader, piece: tuple[str, int], length: int) -> bytes:
+        read.append((str(self.path), piece, length))
+        return original(self, piece, length)
+
+    NodeReader.read_piece = counting  # type: ignore[method-assign]
+    try:
+        accelerator.load_state(folder)
+    finally:
+        NodeReader.read_piece = original  # type: ignore[method-assign]
+    equal = all(torch.equal(before[name], weight) for name, weight in full_weights(model).items())
+    return {"state_bytes": state_bytes, "read": read, "equal": layout != "one node" or equal}
+
+
+def test_each_byte_is_written_once_spread_over_replicas_and_read_once_per_node(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    on_one_node = run_ranks(measure_storage, 4, str(folder), "one node")
+    assert all(result["equal"] for result in on_one_node)
+
+    files = {path: path.stat().st_size for path in folder.glob("*/*.distcp")}
+    state_bytes = on_one_node[0]["state_bytes"]
+    # What torch.save adds to each of the stored tensors, at most 2 kB; a second copy of anything big would not fit.
+    pieces = {piece for result in on_one_node for piece in result["read"]}
+    assert state_bytes < sum(files.values()) < state_bytes + 2_000 * len(pieces)
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        sizes = [files[folder / part / f"__{rank}_0.distcp"] for rank in range(4)]
+        # Both replicas write: each has two ranks' files, and the largest piece is a third of a replica's half.
+        assert max(sizes) < 0.45 * sum(sizes), sizes
+
+    assert sum(length for result in on_one_node for *_, length in result["read"]) == sum(n for *_, n in pieces)
+    on_two_nodes = run_ranks(measure_storage, 4, str(folder), "two nodes", node_size=2)
+    for node in (on_two_nodes[:2], on_two_nodes[2:]):
+        reads = [piece for result in node for piece in result["read"]]
+        assert len(reads) == len(set(reads)) == len(pieces)
+        assert set(reads) == pieces
+
+
+def resume_wrongly(folder: str) -> dict[str, str]:
+    """What each attempt to resume says, on this rank."""
+    root = Path(folder)
+
+    def prepare(name: str, make: Any) -> Any:
+        accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2))
+        model = tiny.build(name)
+        accelerator.prepare(model, make(model.parameters()))
+        return accelerator
+
+    def adam(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params)
+
+    prepare("gpt2", adam).save_state(str(root / "step_1"))
+    damaged = root / "step_2"
+    prepare("gpt2", adam).save_state(str(damaged))
+    if dist.get_rank() == 0:
+        (root / "empty").mkdir()
+        (root / "other").mkdir()
+        (root / "other" / "notes.txt").write_text("mine")
+        (damaged / "optimizer_0" / "__1_0.distcp").unlink()
+        with (damaged / "pytorch_model_fsdp_0" / "__0_0.distcp").open("r+b") as file:
+            file.truncate(100)
+    dist.barrier()
+    said = {}
+    attempts = {
+        "model": ("bert", adam, "step_1"),
+        "optimizer": ("gpt2", lambda params: torch.optim.SGD(params, lr=0.1), "step_1"),
+        "damaged": ("gpt2", adam, "step_2"),
+        "empty": ("gpt2", adam, "empty"),
+        "other": ("gpt2", adam, "other"),
+        "nowhere": ("gpt2", adam, "nowhere"),
+    }
+    for case, (name, make, path) in attempts.items():
+        accelerator = prepare(name, make)
+        before = full_weights(accelerator._models[0])
+        with pytest.raises(CheckpointError) as caught:
+            accelerator.load_state(str(root / path))
+        after = full_weights(accelerator._models[0])
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        said[case] = str(caught.value)
+    # Also one that was never finished under its own name, as plain accelerate leaves them.
+    if dist.get_rank() == 0:
+        (damaged / "mics_checkpoint.json").unlink()
+    dist.barrier()
+    with pytest.raises(CheckpointError) as caught:
+        prepare("gpt2", adam).load_state(str(damaged))
+    said["unmarked"] = str(caught.value)
+    return said
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_the_same_clear_error_on_every_rank(tmp_path: Path) -> None:
+    everyone = run_ranks(resume_wrongly, 4, str(tmp_path))
+    assert all(said == everyone[0] for said in everyone)
+    said = everyone[0]
+    assert "is of another model: a GPT2LMHeadModel was saved, this run has a BertForMaskedLM" in said["model"]
+    assert "bert.embeddings" in said["model"]
+    assert "transformer.h.0" in said["model"]
+    assert "is of another optimizer: expected SGD, as this run uses, got AdamW" in said["optimizer"]
+    assert "optimizer_0/__1_0.distcp is missing" in said["damaged"]
+    assert "pytorch_model_fsdp_0/__0_0.distcp has 100 of" in said["damaged"]
+    assert f"{tmp_path}/step_1 is complete" in said["damaged"]
+    assert "is empty: expected a checkpoint" in said["empty"]
+    assert "got notes.txt" in said["other"]
+    assert "no checkpoint at" in said["nowhere"]
+    assert "optimizer_0/__1_0.distcp is missing" in said["unmarked"]
+
+
+@pytest.mark.parametrize(("world", "batch", "expected"), [(2, 4, 6), (1, 8, 3), (2, 2, 12), (4, 4, 12)])
+def test_prepared_schedule_keeps_its_place_in_the_data(world: int, batch: int, expected: int) -> None:
+    """Accelerate stepped it 4 times in each of 3 optimizer steps, once for every batch of 2."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    scheduler.last_epoch = 12
+    accelerator = SimpleNamespace(
+        num_processes=world,
+        _dataloaders=[SimpleNamespace(batch_sampler=SimpleNamespace(batch_size=batch))],
+        _schedulers=[SimpleNamespace(scheduler=scheduler, step_with_optimizer=True, split_batches=False)],
+    )
+    convert_schedules(accelerator, replace(make_mark({}), batch_sizes=[2]))
+    assert scheduler.last_epoch == expected

@@ -1,0 +1,254 @@
+"""Are a stock Trainer's checkpoints complete or absent, resumable anywhere, and what its users expect besides?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GPT2LMHeadModel, TrainerCallback
+
+from hf_mics.checkpoint.export import export_checkpoint
+from hf_mics.checkpoint.mark import read_mark
+from hf_mics.errors import CheckpointError
+from hf_mics.testing import run_ranks
+from tests import tiny
+from tests.checkpoint.trainers import losses, make_trainer
+from tests.test_accelerator import full_weights
+
+# As in test_save_and_load.py: ten times fp32 rounding a step, over 8 steps.
+TOLERANCE = 1e-5
+
+
+class Tokens:
+    """A processing class, as far as a Trainer cares."""
+
+    def save_pretrained(self, folder: str) -> None:
+        Path(folder, "tokenizer_config.json").write_text("{}")
+
+
+class KillAt(TrainerCallback):
+    """Sends SIGTERM to one rank in the middle of an optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_and_save(folder: str) -> dict[str, Any]:
+    root, result = Path(folder), {}
+    for form in ("sharded", "full"):
+        trainer = make_trainer(
+            root / form, state_format=form, dropout=0.1, save_total_limit=2, load_best_model_at_end=True,
+            eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=2, metric_for_best_model="loss",
+        )  # fmt: skip
+        trainer.processing_class = Tokens()
+        trainer.train()
+        trainer.save_model(str(root / f"{form}_model"))
+        result[form] = {
+            "losses": losses(trainer),
+            "best": trainer.state.best_model_checkpoint,
+            "weights": trainer.accelerator.get_state_dict(trainer.model),
+            "kept": sorted(path.name for path in (root / form).iterdir()),
+        }
+    # Dropout would make the losses of other layouts differ, so runs that move do without.
+    moving = make_trainer(root / "moving")
+    moving.train()
+    result["moving"] = {"losses": losses(moving), "weights": full_weights(moving.model)}
+
+    stopped = make_trainer(root / "stopped", dropout=0.1, callbacks=[KillAt(4)], save_strategy="no")
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        stopped.train()
+    assert signal.getsignal(signal.SIGTERM) is former
+    result["stopped"] = {"code": caught.value.code, "losses": losses(stopped), "step": stopped.state.global_step}
+    return result
+
+
+def resume_on_4(folder: str) -> dict[str, Any]:
+    root, result = Path(folder), {}
+    for form in ("sharded", "full"):
+        trainer = make_trainer(root / form, state_format=form, dropout=0.1)
+        trainer.train(resume_from_checkpoint=str(root / form / "checkpoint-8"))
+        result[form] = {"losses": losses(trainer), "weights": full_weights(trainer.model)}
+    trainer = make_trainer(root / "stopped", dropout=0.1, save_strategy="no")
+    trainer.train(resume_from_checkpoint=True)
+    result["stopped"] = losses(trainer)
+    trainer = make_trainer(root / "moving", partition=4, state_format="full")
+    trainer.train(resume_from_checkpoint=str(root / "moving" / "checkpoint-4"))
+    result["moved"] = losses(trainer)[4:]
+    result["refused"] = refusals(root)
+    return result
+
+
+def refusals(root: Path) -> dict[str, str]:
+    said = {}
+    if dist.get_rank() == 0:
+        (root / "empty" / "checkpoint-3").mkdir(parents=True)
+        shutil.copytree(root / "moving" / "checkpoint-4", root / "cut" / "checkpoint-4")
+        next((root / "cut" / "checkpoint-4" / "optimizer_0").glob("__2_*")).unlink()
+    dist.barrier()
+    attempts = {
+        "empty": (root / "empty", True, None),
+        "empty path": (root / "empty", str(root / "empty" / "checkpoint-3"), None),
+        "cut": (root / "cut", str(root / "cut" / "checkpoint-4"), None),
+        "model": (root / "moving", str(root / "moving" / "checkpoint-4"), tiny.build("llama")),
+    }
+    for case, (output_dir, resume, model) in attempts.items():
+        with pytest.raises(CheckpointError) as caught:
+            make_trainer(output_dir, model=model).train(resume_from_checkpoint=resume)
+        said[case] = str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(root / "moving", optim="sgd").train(resume_from_checkpoint=True)
+    said["optimizer"] = str(caught.value)
+    return said
+
+
+def resume_moved(folder: str) -> list[float]:
+    trainer = make_trainer(Path(folder) / "moving", partition=dist.get_world_size())
+    trainer.train(resume_from_checkpoint=str(Path(folder) / "moving" / "checkpoint-4"))
+    return losses(trainer)[4:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A folder, what rank 0 said of the runs that saved there, and of those that resumed on as many ranks."""
+    folder = tmp_path_factory.mktemp("trainer")
+    saved = run_ranks(train_and_save, 4, str(folder))
+    resumed = run_ranks(resume_on_4, 4, str(folder))
+    assert all(other["refused"] == resumed[0]["refused"] for other in resumed)
+    assert all(other["stopped"]["step"] == 5 for other in saved)
+    return folder, saved[0], resumed[0]
+
+
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_trainer_resumes_bit_equal_with_dropout_in_mid_epoch(trained: Any, form: str) -> None:
+    _, saved, resumed = trained
+    assert resumed[form]["losses"][8:] == saved[form]["losses"][8:]
+
+
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_limit_keeps_the_best_and_the_newest_and_the_best_is_loaded_at_the_end(trained: Any, form: str) -> None:
+    folder, saved, _ = trained
+    best = Path(saved[form]["best"])
+    assert best.parent == folder / form
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert len(saved[form]["kept"]) == 2
+    assert {best.name, "checkpoint-12"} <= {*saved[form]["kept"]}
+
+
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_checkpoint_and_saved_model_hold_what_from_pretrained_needs(trained: Any, form: str) -> None:
+    folder, saved, _ = trained
+    checkpoint = folder / form / "checkpoint-12"
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "training_args.bin"):
+        assert (checkpoint / name).is_file(), name
+    mark = read_mark(checkpoint)
+    assert mark is not None
+    assert mark.state_format == form
+    model = GPT2LMHeadModel.from_pretrained(folder / f"{form}_model").state_dict()
+    assert all(torch.equal(model[name], value) for name, value in saved[form]["weights"].items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_trainer_checkpoint_moves_to_other_layouts(trained: Any, world: int) -> None:
+    folder, saved, resumed = trained
+    moved = resumed["moved"] if world == 4 else run_ranks(resume_moved, world, str(folder))[0]
+    assert len(moved) == 8
+    assert moved == pytest.approx(saved["moving"]["losses"][4:], abs=TOLERANCE)
+
+
+def test_sigterm_on_one_rank_saves_at_the_end_of_the_step_on_all_and_exits_with_0(trained: Any) -> None:
+    folder, saved, resumed = trained
+    assert saved["stopped"]["code"] == 0
+    assert sorted(path.name for path in (folder / "stopped").iterdir()) == ["checkpoint-5"]
+    # The other run with dropout 0.1 saw the same numbers and was not stopped.
+    assert saved["stopped"]["losses"] == saved["sharded"]["losses"][:5]
+    assert resumed["stopped"][5:] == saved["sharded"]["losses"][5:]
+
+
+def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
+    said = trained[2]["refused"]
+    assert "no complete checkpoint checkpoint-*" in said["empty"]
+    assert "it has no completion mark" in said["empty"]
+    assert "is empty" in said["empty path"]
+    assert "is missing" in said["cut"]
+    assert "a GPT2LMHeadModel was saved, this run has a LlamaForCausalLM" in said["model"]
+    assert "of another optimizer: expected SGD, as this run uses, got AdamW" in said["optimizer"]
+
+
+def train_adapters(folder: str) -> dict[str, Any]:
+    def make(output_dir: str) -> Any:
+        model = tiny.gpt2()
+        config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+        torch.manual_seed(1)
+        return make_trainer(output_dir, model=get_peft_model(model, config), max_steps=8)
+
+    whole = make(folder)
+    whole.train()
+    adapters = {name: p.full_tensor() for name, p in whole.model.named_parameters() if "lora" in name}
+    resumed = make(f"{folder}/again")
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+    return {"whole": losses(whole), "resumed": losses(resumed), "adapters": adapters}
+
+
+def test_adapters_resume_and_export(tmp_path: Path) -> None:
+    result = run_ranks(train_adapters, 2, str(tmp_path))[0]
+    assert result["resumed"][4:] == result["whole"][4:]
+    export_checkpoint(tmp_path / "checkpoint-8", tmp_path / "out")
+    torch.manual_seed(0)
+    state = PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "out").state_dict()
+    assert result["adapters"]
+    assert all(torch.equal(state[name], value) for name, value in result["adapters"].items())
+
+
+def fill_disk(folder: str, form: str) -> dict[str, Any]:
+    """Trains with a checkpoint that fits and a later one that does not."""
+    trainer = make_trainer(folder, state_format=form, save_steps=4)
+    trainer.add_callback(_FillDisk(folder))
+    with pytest.raises(CheckpointError) as caught:
+        trainer.train()
+    return {"said": str(caught.value), "step": trainer.state.global_step}
+
+
+class _FillDisk(TrainerCallback):
+    """Leaves 200 kB of the disk free after the first checkpoint, less than half of what the next one needs."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        if dist.get_rank() == 0:
+            free = shutil.disk_usage(self.folder).free
+            (self.folder / "ballast").write_bytes(bytes(free - 200_000))
+        dist.barrier()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root")
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_full_disk_is_a_clear_error_on_every_rank_and_the_former_checkpoint_stays(tmp_path: Path, form: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], check=True)
+    try:
+        everyone = run_ranks(fill_disk, 2, str(tmp_path), form, timeout_s=120)
+        assert all(result["step"] == 8 for result in everyone)
+        assert all(result["said"] == everyone[0]["said"] for result in everyone)
+        said = everyone[0]["said"]
+        assert f"could not write the checkpoint {tmp_path}/checkpoint-8" in said
+        assert "MB free then; what had been written is removed" in said
+        assert f"Intact: {tmp_path}/checkpoint-4" in said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ballast", "checkpoint-4"]
+        assert read_mark(tmp_path / "checkpoint-4") is not None
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
