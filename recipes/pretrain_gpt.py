@@ -29,7 +29,7 @@ from hf_mics.presets import find_preset, load_model_config
 from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
 from hf_mics.pretraining.metrics import load_metric
 from hf_mics.pretraining.plot import plot_losses
-from hf_mics.pretraining.ranks import main_process_first
+from hf_mics.pretraining.ranks import broadcast_from_main, main_process_first
 from hf_mics.pretraining.text import TextArguments, iterate_documents, load_text, pack
 from hf_mics.pretraining.tokenization import load_or_train_tokenizer
 from hf_mics.throughput import flops_per_token, throughput_metrics
@@ -135,11 +135,13 @@ def save(accelerator: MiCSAccelerator, model, tokenizer, progress: Progress, out
 
 def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: Progress, args: PretrainArguments):
     """Trains; yields the micro-steps' losses and the gradient norm after each optimizer step, until `max_steps`."""
+    sequences_per_micro_step = args.per_device_batch_size * accelerator.num_processes
     losses: list[torch.Tensor] = []
     while True:
         loader.set_epoch(progress.epoch)
-        is_resumed = progress.batch > 0
-        for batch in accelerator.skip_first_batches(loader, progress.batch) if is_resumed else loader:
+        # Counted in sequences, so that a run that goes on with other ranks or batches finds its place in the data.
+        used = progress.sequences // sequences_per_micro_step
+        for batch in accelerator.skip_first_batches(loader, used) if used else loader:
             with accelerator.accumulate(model):
                 loss = model(**batch, labels=batch["input_ids"]).loss
                 accelerator.backward(loss)
@@ -148,7 +150,7 @@ def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: 
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.detach())
-            progress.batch += 1
+            progress.sequences += sequences_per_micro_step
             if accelerator.sync_gradients:
                 scheduler.step()
                 progress.step += 1
@@ -156,7 +158,7 @@ def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: 
                 losses = []
                 if progress.step >= args.max_steps:
                     return
-        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.epoch, progress.sequences = progress.epoch + 1, 0
 
 
 def main() -> None:
@@ -171,7 +173,9 @@ def main() -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir,
     )
-    resume_from = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, output_dir)
+    resume_from, skipped = None, ""
+    if args.resume_from_checkpoint:
+        resume_from, skipped = broadcast_from_main(partial(find_checkpoint, args.resume_from_checkpoint, output_dir))
     set_seed(args.seed)
     if not accelerator.is_local_main_process:
         datasets.disable_progress_bars()
@@ -185,9 +189,10 @@ def main() -> None:
     validation_loader = accelerator.prepare(validation_loader)
     progress = Progress()
     accelerator.register_for_checkpointing(progress, scheduler)
+    accelerator.save_with_checkpoints(tokenizer)
     if resume_from:
         accelerator.load_state(str(resume_from))
-        accelerator.print(f"Resumed from {resume_from} at step {progress.step}.")
+        accelerator.print(f"Resumed from {resume_from} at step {progress.step}.", skipped, sep="\n")
         if progress.step >= args.max_steps:
             raise ConfigError(f"Nothing to do: the checkpoint is at step {progress.step}; raise --max_steps.")
     accelerator.init_trackers("logs", {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()})
@@ -202,8 +207,9 @@ def main() -> None:
         bar.update()
         losses += step_losses
         step, is_last = progress.step, progress.step == args.max_steps
-        is_evaluation = is_last or step % args.eval_steps == 0
-        is_save = args.save_steps > 0 and step % args.save_steps == 0
+        is_stopped = accelerator.should_stop()  # SIGTERM: the cloud takes a node back
+        is_evaluation = is_last or (step % args.eval_steps == 0 and not is_stopped)
+        is_save = is_stopped or (args.save_steps > 0 and step % args.save_steps == 0)
         if not (step == 1 or step % args.logging_steps == 0 or is_evaluation or is_save):
             continue
 
@@ -226,7 +232,11 @@ def main() -> None:
                 bar.write(f"step {step}: loss {loss:.3f}, validation perplexity {result['perplexity']:.1f}")
         accelerator.log(metrics, step=step)
         if is_save:
-            accelerator.save_state(str(checkpoint_path(output_dir, step)))
+            saved = accelerator.save_state(str(checkpoint_path(output_dir, step)))
+        if is_stopped:
+            accelerator.print(f"Stopped by SIGTERM after step {step}; --resume_from_checkpoint {saved} goes on.")
+            accelerator.end_training()
+            return
         losses, started_s = [], time.perf_counter()
     bar.close()
     save(accelerator, model, tokenizer, progress, output_dir)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import string
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from hf_mics.checkpoint.folder import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 # 9 blocks on 4 ranks in batches of 1 are an epoch of 3 micro-steps: windows of 2 straddle every other epoch, and step 5
@@ -18,13 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK_TOKENS, NUM_BLOCKS = 16, 9
 
 
-def launch(*flags: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(*flags: str | Path | int) -> list[str]:
+    words = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
         *("--config_file", ROOT / "recipes/configs/cpu_2x2.yaml", ROOT / "recipes/pretrain_gpt.py", *flags),
     ]
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=180)
+    return list(map(str, words))
+
+
+def launch(*flags: str | Path | int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*flags), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +79,33 @@ def test_recipe_resumes_bit_equal_in_mid_epoch_and_saves_a_hugging_face_folder(
     generated = model.generate(**tokenizer("ABC", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert generated.shape[1] > tokenizer("ABC", return_tensors="pt")["input_ids"].shape[1]
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_sigterm_to_the_launcher_saves_at_the_end_of_the_step_on_all_ranks(common: list[str | Path], tmp_path: Path):
+    log = tmp_path / "log.txt"
+    flags = [*common, "--output_dir", tmp_path, "--max_steps", 100_000, "--report_to", "none", "--eval_steps", 100_000]
+    with log.open("w") as output:
+        job = subprocess.Popen(command(*flags), env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 150
+        while not re.search(r"[1-9]\d*/100000", log.read_text()):
+            assert job.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        job.wait(timeout=60)
+    finally:
+        job.kill()
+    said = re.search(r"Stopped by SIGTERM after step (\d+); --resume_from_checkpoint (\S+) goes on", log.read_text())
+    assert said, log.read_text()[-4000:]
+    found = find_checkpoints(tmp_path / "checkpoints", "step_")
+    assert [str(path) for path in found.complete] == [said[2]]
+    assert not found.skipped
+    state = torch.load(Path(said[2], "custom_checkpoint_0.pkl"), weights_only=True)
+    assert state["step"] == int(said[1]) > 0
+    # Every rank came to the end of its own: none was killed with its random state unsaved.
+    assert len(list(Path(said[2]).glob("random_states_*.pkl"))) == 4
+    assert AutoTokenizer.from_pretrained(said[2]).eos_token_id is not None
 
 
 def test_bad_input_is_the_same_clear_error_on_every_rank(common: list[str | Path], tmp_path: Path):

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_mics.errors import ConfigError
+from hf_mics.checkpoint.check import check_folder, newest
+from hf_mics.errors import CheckpointError, ConfigError
 
-# Accelerate writes registered objects last, so a folder without this file was not finished.
-LAST_FILE_WRITTEN = "custom_checkpoint_0.pkl"
+PREFIX = "step_"
 
 
 @dataclass
@@ -19,13 +19,13 @@ class Progress:
     Args:
         step: optimizer steps done.
         epoch: passes over the data finished.
-        batch: micro-batches that each process has used of the pass it is in.
+        sequences: sequences that all processes together have used of the pass they are in.
         train_loss: optimizer steps and the training loss there, in nats per token; `validation_loss` likewise.
     """
 
     step: int = 0
     epoch: int = 0
-    batch: int = 0
+    sequences: int = 0
     train_loss: list[tuple[int, float]] = field(default_factory=list)
     validation_loss: list[tuple[int, float]] = field(default_factory=list)
 
@@ -40,29 +40,27 @@ class Progress:
 
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:
     """Returns the folder for the checkpoint after optimizer step `step`; names sort by step."""
-    return Path(output_dir, "checkpoints", f"step_{step:08d}")
+    return Path(output_dir, "checkpoints", f"{PREFIX}{step:08d}")
 
 
-def find_checkpoint(wanted: str, output_dir: str | Path) -> Path:
-    """Returns the folder of a checkpoint made by `Accelerator.save_state` with a registered object.
+def find_checkpoint(wanted: str, output_dir: str | Path) -> tuple[Path, str]:
+    """Returns the folder of a complete checkpoint, and a line for each other that was skipped.
 
     Args:
-        wanted: its path, or "latest" for the newest below `output_dir`.
+        wanted: its path, or "latest" for the one below `output_dir` that was saved last.
 
     Raises:
-        ConfigError: there is none, or the folder is not a (complete) checkpoint; the message lists those that are.
+        ConfigError: there is none, or the folder is not a complete checkpoint; the message says why and which are.
     """
-    complete = [path for path in sorted(Path(output_dir, "checkpoints").glob("step_*")) if is_checkpoint(path)]
-    if wanted == "latest" and complete:
-        return complete[-1]
-    if wanted != "latest" and is_checkpoint(Path(wanted)):
-        return Path(wanted)
-    raise ConfigError(
-        f"Not a checkpoint: expected 'latest' or a folder that holds {LAST_FILE_WRITTEN}, as --save_steps writes them, "
-        f"got {wanted!r}. Checkpoints in {output_dir}: {', '.join(map(str, complete)) or 'none'}."
-    )
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Returns whether `path` is a folder in which accelerate finished writing a checkpoint."""
-    return (path / LAST_FILE_WRITTEN).is_file()
+    parent = Path(output_dir, "checkpoints")
+    try:
+        if wanted == "latest":
+            return newest(parent, PREFIX)
+        check_folder(Path(wanted))
+    except CheckpointError as error:
+        known = ", ".join(map(str, sorted(parent.glob(f"{PREFIX}*")))) or "none"
+        raise ConfigError(
+            f"Not a checkpoint: expected 'latest' or a folder that --save_steps wrote, got {wanted!r}. {error} "
+            f"In {output_dir}: {known}."
+        ) from error
+    return Path(wanted), ""
