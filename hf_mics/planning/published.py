@@ -2,12 +2,13 @@
 
 Figures: Amazon Science, "Near-linear scaling of gigantic-model training on AWS", and arXiv 2205.00119 (abstract).
 TFLOPS there count recomputed activations. The sources give model sizes, instances and, for the 175B model, the
-sequence length; partition sizes, micro-batches and whatever else is in `SETTINGS` are this project's assumptions.
+sequence length; the rest of `SETTINGS` is this project's assumption.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from hf_mics.planning.cluster import Cluster
 from hf_mics.planning.instances import instance_cluster
@@ -27,7 +28,7 @@ class Setting:
     seq_length: int = 2048
     accumulation: int = 4
 
-    @property
+    @cached_property
     def workload(self) -> Workload:
         """The training run: fp16, AdamW, activations recomputed."""
         return Workload(
@@ -43,13 +44,13 @@ class Setting:
         return instance_cluster(self.instance, 1).with_world_size(world_size)
 
 
-# Partition groups: the smallest that hold 16 bytes per parameter and leave a third of the memory. Micro-batches: powers
-# of two whose saved layer inputs then fit.
+# What is not published follows from this project's memory estimate: the partition group is the smallest in which the
+# model fits, the micro-batch the largest power of two that then fits (BERT: sequences of 512, an assumption).
 SETTINGS = {
-    "175B": Setting(model="gpt-175b", instance="p4de.24xlarge", partition_size=64, micro_batch=4),
-    "100B": Setting(model="gpt-100b", instance="p4d.24xlarge", partition_size=128, micro_batch=4),
+    "175B": Setting(model="gpt-175b", instance="p4de.24xlarge", partition_size=64, micro_batch=2),
+    "100B": Setting(model="gpt-100b", instance="p4d.24xlarge", partition_size=128, micro_batch=2),
     "BERT 10B": Setting(
-        model="bert-10b", instance="p3dn.24xlarge", partition_size=8, micro_batch=8, seq_length=512, accumulation=4
+        model="bert-10b", instance="p3dn.24xlarge", partition_size=8, micro_batch=16, seq_length=512, accumulation=4
     ),
 }
 
