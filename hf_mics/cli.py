@@ -14,6 +14,9 @@ import hf_mics
 from hf_mics.errors import MiCSError
 
 COMMANDS: dict[str, str] = {
+    "plan": "choose the partition size for a model on a cluster: memory, traffic and time of each, without GPUs",
+    "config": "write the accelerate config for given partition groups",
+    "check": "explain what an accelerate config will do under MiCS, with the mistakes that it would hide",
     "measure": "measure a cluster's links and computing, under accelerate launch, and write a cluster file",
     "simulate": "predict weak and strong scaling of MiCS and its peers, as tables and plots",
     "export": "turn a training checkpoint into a folder that from_pretrained loads",

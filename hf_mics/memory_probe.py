@@ -12,14 +12,13 @@ a kernel that keeps no matrix of scores, as on GPUs of the Ampere generation or 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -27,12 +26,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers.integrations.sdpa_attention import create_position_bias_mask
 
 from hf_mics._torch_compat import AllGather, ReduceScatter, all_gather_single, find_units, reduce_scatter_single
 from hf_mics.errors import ConfigError
 from hf_mics.planning.memory import MEMORY_KINDS, Kind
-from hf_mics.planning.workload import ModelShape, Workload
+from hf_mics.planning.workload import Workload
+from hf_mics.probe_models import build_model
 from hf_mics.topology import Topology
 from hf_mics.wrapping import plan_units
 
@@ -114,7 +113,6 @@ def track_phases(
     with _fake_job(topology) as mesh, FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _build(workload, depths)
-        model.set_attn_implementation(_PROBE)
         _shard(model, mesh, workload, topology, hierarchical)
         return _run_steps(model, workload)
 
@@ -146,98 +144,13 @@ def _fake_job(topology: Topology) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    position_bias: torch.Tensor | None = None,
-    **unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention through the kernels that GPUs take, which keep no scores; with T5's bias, the memory-efficient one."""
-    if position_bias is None:
-        causal = bool(getattr(module, "is_causal", False)) and query.shape[2] > 1
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out = kernel(query, key, value, 0.0, causal, scale=scaling)[0]
-    else:
-        mask = create_position_bias_mask(position_bias, None, bool(module.is_causal), query, key)
-        bias = mask.expand(query.shape[0], query.shape[1], -1, -1)
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        out = kernel(query, key, value, bias, True, scale=scaling)[0]
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*unused: Any, **also_unused: Any) -> None:
-    """Batches without padding need none; transformers only leaves it out where it can look at the data."""
-
-
-# transformers' own way to bring another attention.
-_PROBE = "hf_mics_probe"
-transformers.AttentionInterface.register(_PROBE, _attention)
-transformers.AttentionMaskInterface.register(_PROBE, _no_mask)
-
-
 def _build(workload: Workload, depths: tuple[int, ...] | None) -> nn.Module:
     shape = workload.model
-    depths = depths or (shape.num_layers, shape.num_decoder_layers)
-    model = _CLASSES[shape.family](shape, depths).train()
+    model = build_model(shape, depths or (shape.num_layers, shape.num_decoder_layers))
     if workload.activation_checkpointing:
         for name, layer in plan_units(model).layers:
             model.set_submodule(name, checkpoint_wrapper(layer, preserve_rng_state=True))
     return model
-
-
-def _gpt(m: ModelShape, depths: tuple[int, ...]) -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=m.vocab_size, n_positions=m.context_length, n_embd=m.hidden_size, n_layer=depths[0],
-        n_head=m.num_heads, n_inner=m.ffn_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        tie_word_embeddings=m.tied_embeddings,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _bert(m: ModelShape, depths: tuple[int, ...]) -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=m.vocab_size, max_position_embeddings=m.context_length + m.spare_positions,
-        type_vocab_size=m.type_vocab_size, hidden_size=m.hidden_size, num_hidden_layers=depths[0],
-        num_attention_heads=m.num_heads, intermediate_size=m.ffn_size, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return transformers.BertForMaskedLM(config)
-
-
-def _llama(m: ModelShape, depths: tuple[int, ...]) -> nn.Module:
-    shared = {
-        "vocab_size": m.vocab_size, "max_position_embeddings": m.context_length, "hidden_size": m.hidden_size,
-        "intermediate_size": m.ffn_size, "num_hidden_layers": depths[0], "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.num_kv_heads, "head_dim": m.head_dim, "tie_word_embeddings": m.tied_embeddings,
-        "use_cache": False,
-    }  # fmt: skip
-    if m.qk_norm:
-        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shared))
-    if m.qkv_bias:
-        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shared))
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared))
-
-
-def _t5(m: ModelShape, depths: tuple[int, ...]) -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=m.vocab_size, d_model=m.hidden_size, d_kv=m.head_dim, d_ff=m.ffn_size, num_layers=depths[0],
-        num_decoder_layers=depths[1], num_heads=m.num_heads, dropout_rate=0.0, use_cache=False,
-        relative_attention_num_buckets=m.relative_buckets,
-        feed_forward_proj="gated-gelu" if m.gated_ffn else "relu", decoder_start_token_id=0,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
-
-
-_CLASSES: dict[str, Callable[[ModelShape, tuple[int, ...]], nn.Module]] = {
-    "gpt": _gpt,
-    "bert": _bert,
-    "llama": _llama,
-    "t5": _t5,
-}
 
 
 class _Gather(AllGather):
@@ -284,9 +197,7 @@ class _Scatter(ReduceScatter):
         return work
 
 
-def _shard(
-    model: nn.Module, mesh: DeviceMesh, workload: Workload, topology: Topology, hierarchical: bool
-) -> None:
+def _shard(model: nn.Module, mesh: DeviceMesh, workload: Workload, topology: Topology, hierarchical: bool) -> None:
     dtype = _DTYPES[workload.precision]
     # The engine adds micro-steps up in fp32 whatever travels.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
@@ -341,15 +252,14 @@ class _PhaseTracker(FSDPMemTracker):
         self.phases: Phases = {}
         self._totals: dict[str, int] = {}
         self._model = model
-        self._names = {module: label for label, module in _labelled_layers(model)}
+        self._names = {id(module): label for label, module in _labelled_layers(model)}
 
     def claim_partial_sums(self) -> None:
         """Counts what FSDP2 keeps between micro-steps as gradients."""
+        gradients = cast(Any, self._ref_class).SHARDED_GRAD
         for unit in find_units(self._model):
             if unit.partial_sum is not None:
-                self._update_and_maybe_create_winfos(
-                    unit.partial_sum, self._ref_class.SHARDED_GRAD, update_existing=True
-                )
+                self._update_and_maybe_create_winfos(unit.partial_sum, gradients, update_existing=True)
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         super()._update_peak_stats(peak_state)
@@ -357,18 +267,18 @@ class _PhaseTracker(FSDPMemTracker):
             known = self.phases.get(self.phase)
             if known is None or snapshot["Total"] > self._totals[self.phase]:
                 self._totals[self.phase] = snapshot["Total"]
-                kinds = dict.fromkeys(MEMORY_KINDS, 0.0)
+                kinds: Bytes = dict.fromkeys(MEMORY_KINDS, 0.0)
                 for reference, size in snapshot.items():
                     if reference != "Total":
-                        kinds[_KINDS[reference.name]] += size
+                        kinds[_KINDS[cast(Any, reference).name]] += size
                 self.phases[self.phase] = kinds
 
     def _fsdp_state_pre_forward(self, fsdp_mod: FSDPModule, orig_fsdp_state_pre_fw: Any) -> Any:
         stock = super()._fsdp_state_pre_forward(fsdp_mod, orig_fsdp_state_pre_fw)
 
         def pre_forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._mod_tracker.is_bw and fsdp_mod in self._names:
-                self.phase = f"forward of {self._names[fsdp_mod]}"
+            if not self._mod_tracker.is_bw and id(fsdp_mod) in self._names:
+                self.phase = f"forward of {self._names[id(fsdp_mod)]}"
             return stock(*args, **kwargs)
 
         return pre_forward
@@ -377,22 +287,24 @@ class _PhaseTracker(FSDPMemTracker):
         stock = super()._fsdp_param_group_pre_backward(fsdp_mod, orig_fsdp_param_group_pre_backward)
 
         def pre_backward(*args: Any, **kwargs: Any) -> None:
-            if fsdp_mod in self._names:
-                self.phase = f"backward of {self._names[fsdp_mod]}"
+            if id(fsdp_mod) in self._names:
+                self.phase = f"backward of {self._names[id(fsdp_mod)]}"
             stock(*args, **kwargs)
 
         return pre_backward
 
 
-def _labelled_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _labelled_layers(model: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
     """FSDP modules with their place in their stack: first, last, the one before it, or between."""
-    stacks: dict[str, list[nn.Module]] = {}
+    stacks: dict[str, list[FSDPModule]] = {}
     for name, module in model.named_modules():
         parent, _, index = name.replace("._checkpoint_wrapped_module", "").rpartition(".")
         if isinstance(module, FSDPModule) and index.isdigit():
             stacks.setdefault(parent, []).append(module)
-    for stack in stacks.values():
+    for parent, stack in stacks.items():
+        which = "decoder's " if len(stacks) > 1 and parent.startswith("decoder") else ""
         for i, module in enumerate(stack):
-            place = {0: "first", len(stack) - 1: "last", len(stack) - 2: "second to last"}.get(i, "a middle")
-            prefix = "decoder's " if stack is list(stacks.values())[-1] and len(stacks) > 1 else ""
-            yield f"the {prefix}{place} layer".replace("the a ", "a "), module
+            place = {0: "the first", len(stack) - 1: "the last", len(stack) - 2: "the second to last"}.get(
+                i, "a middle"
+            )
+            yield f"{place} {which}layer", module

@@ -92,7 +92,9 @@ class _Shards:
         layers = [unit for unit in units if unit.kind == "layer"]
         self.layer = max(self.gathered(unit) for unit in layers)
         self.first_layer, self.last_layer = self.gathered(layers[0]), self.gathered(layers[-1])
-        self.layers_fp32 = sum(4.0 * unit.padded_numel(self._p) / self._p for unit in {u.name: u for u in layers}.values())
+        self.layers_fp32 = self.fp32() - 4.0 * sum(
+            unit.padded_numel(self._p) / self._p for unit in units if unit.kind != "layer"
+        )
 
     def gathered(self, unit: Unit) -> float:
         """A whole unit as it is gathered."""
@@ -191,9 +193,7 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
     m, width = workload.model, workload.compute_bytes
     encoder = layer_activations(workload)
     last = layer_activations(workload, decoder=True) if m.family == "t5" else encoder
-    kept, kept_last = (
-        (layer.input if workload.activation_checkpointing else layer.saved) for layer in (encoder, last)
-    )
+    kept, kept_last = ((layer.input if workload.activation_checkpointing else layer.saved) for layer in (encoder, last))
     head, logits = _head_activations(workload)
     encoder_end = head if m.family == "t5" else 0.0
     layers = m.num_decoder_layers if m.family == "t5" else m.num_layers
@@ -207,10 +207,10 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
         "loss": {
             "gradients": sums,
             "activations": before_last + kept_last + head + logits,
-            "communication": stays + (2 * shards.head if shards.head else shards.last_layer) if gathers else 0.0,
+            "communication": stays + (shards.head or shards.last_layer) if gathers else 0.0,
         },
         "end of backward": {
-            "gradients": shards.fp32() + (3 * tied_gradient or 2 * shards.embedding),
+            "gradients": (sums or shards.layers_fp32) + (3 * tied_gradient or 2 * shards.embedding),
             "activations": kept * small,
             "communication": (stays if gathers else shards.root)
             + shards.first_layer
