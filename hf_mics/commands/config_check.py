@@ -54,7 +54,7 @@ def check_config(file: str) -> Report:
     report.mistakes += _unknown(config, top, "", "accelerate refuses it")
     for section in ("fsdp_config", "parallelism_config"):
         report.mistakes += _unknown(
-            _section(config, section), known_flags, f"{section}: ", "accelerate drops it unsaid"
+            _section(config, section), known_flags, f"{section}: ", "accelerate drops it without a word"
         )
     report.mistakes += _kind_of_job(config)
     report.mistakes += _fsdp(_section(config, "fsdp_config"))

@@ -169,7 +169,8 @@ def _t5_layer(workload: Workload, decoder: bool) -> LayerActivations:
     h, f, a = m.hidden_size, m.ffn_size, m.attention_width
     norm = (10 if width == 2 else 12) * h
     attentions = 2 if decoder else 1
-    ffn = width * (4 * f if m.gated_ffn else f)
+    # The gated feed-forward runs gelu_new, which keeps four tensors; ReLU keeps its output, which the product reads.
+    ffn = width * (8 * f if m.gated_ffn else f)
     saved = (attentions + 1) * norm + attentions * (width * 4 * a + 4.0 * m.num_heads) + ffn
     # The bias of positions is one for the whole batch; its gradient is not.
     bias = width * m.num_heads * workload.seq_length**2

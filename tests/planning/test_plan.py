@@ -1,0 +1,126 @@
+"""Is the partition size that a plan chooses the one that the design calls for?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hf_mics.errors import ConfigError
+from hf_mics.planning.instances import instance_cluster
+from hf_mics.planning.models import find_model
+from hf_mics.planning.plan import Plan, Request, make_plan
+from hf_mics.planning.workload import Workload
+
+
+def request(model: str, instance: str, nodes: int, **other: Any) -> Request:
+    settings: dict[str, Any] = {"seq_length": 512, "micro_batch": 8, "accumulation": 4, "precision": "fp16"}
+    workload = Workload(model=find_model(model), **(settings | other))
+    return Request(workload=workload, cluster=instance_cluster(instance, nodes))
+
+
+# The groups that are remembered of the MiCS evaluation on p3dn.24xlarge (docs/planning.md says how far that goes), and
+# GPT 100B on 512 A100 of 40 GB: 16 bytes of state for each of 100e9 parameters are 25 GB at 64 GPUs, before any buffer.
+@pytest.mark.parametrize(
+    ("model", "instance", "nodes", "expected"),
+    [
+        ("bert-10b", "p3dn.24xlarge", 16, 8),
+        ("bert-15b", "p3dn.24xlarge", 16, 16),
+        ("bert-20b", "p3dn.24xlarge", 16, 16),
+        ("bert-50b", "p3dn.24xlarge", 16, 64),
+        ("gpt-100b", "p4d.24xlarge", 64, 128),
+    ],
+)
+def test_the_choice_is_the_smallest_group_that_holds_the_model(model: str, instance: str, nodes: int, expected: int):
+    plan = make_plan(request(model, instance, nodes))
+    assert plan.choice.partition_size == expected
+    fitting = [candidate.partition_size for candidate in plan.candidates if candidate.fits]
+    assert min(fitting) == expected
+    assert f"{expected} is the smallest partition group in which the model fits" in plan.reason
+    assert plan.runner_up is not None
+    assert plan.runner_up.partition_size > expected
+
+
+def plan_of(**other: Any) -> Plan:
+    return make_plan(request("bert-10b", "p3dn.24xlarge", 16, **other))
+
+
+def test_every_size_that_forms_groups_is_a_candidate():
+    plan = plan_of()
+    assert [candidate.partition_size for candidate in plan.candidates] == [1, 2, 4, 8, 16, 32, 64, 128]
+    totals = [candidate.total_bytes for candidate in plan.candidates]
+    assert totals == sorted(totals, reverse=True), "larger groups need less of every GPU"
+    for candidate in plan.candidates:
+        fits = candidate.total_bytes <= plan.request.cluster.accelerator.memory_bytes
+        assert candidate.fits == fits
+        assert candidate.fits or "GB too much" in candidate.why_not
+
+
+def test_what_would_change_the_choice_does():
+    plan = plan_of()
+    assert any(text.endswith("more on every GPU: 4 would fit") for text in plan.would_change)
+    missing = float(plan.would_change[0].split()[0])
+    roomier = replace(plan.request.cluster.accelerator, memory_bytes=32e9 + (missing + 0.1) * 1e9)
+    changed = make_plan(replace(plan.request, cluster=replace(plan.request.cluster, accelerator=roomier)))
+    assert next(c.partition_size for c in changed.candidates if c.fits) == 4
+
+
+def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help():
+    with pytest.raises(ConfigError) as error:
+        make_plan(request("gpt-175b", "p4d.24xlarge", 2, seq_length=2048, micro_batch=1))
+    words = str(error.value)
+    assert "174.6B parameters) fits at no partition size on 2 x 8 A100-40GB" in words
+    assert "GB too much" in words
+    nodes = int(words.rpartition(" nodes")[0].rpartition(" ")[2])
+    assert make_plan(request("gpt-175b", "p4d.24xlarge", nodes, seq_length=2048, micro_batch=1)).choice.fits
+    with pytest.raises(ConfigError, match="fits at no partition size"):
+        make_plan(request("gpt-175b", "p4d.24xlarge", nodes // 2, seq_length=2048, micro_batch=1))
+
+
+def test_activation_checkpointing_is_named_where_it_would_make_the_model_fit():
+    with pytest.raises(ConfigError, match=r"It would fit with: activation checkpointing; or micro-batch 1"):
+        make_plan(request("bert-20b", "p3dn.24xlarge", 4, micro_batch=16, activation_checkpointing=False))
+
+
+def test_fast_networks_are_said_to_have_nothing_to_win():
+    slow = plan_of().network
+    assert slow.startswith("MiCS is predicted to be")
+    fast = make_plan(request("llama-8b", "p5.48xlarge", 8, seq_length=8192, micro_batch=1, precision="bf16")).network
+    assert "nothing to win on this network" in fast
+    assert "hide behind computing" in fast
+    assert make_plan(request("bert-10b", "p3dn.24xlarge", 1)).network == "", "there is no network on one node"
+
+
+@pytest.mark.parametrize(("system", "sizes"), [("zero3", [128]), ("hsdp", [1, 2, 4, 8, 16, 32, 64, 128])])
+def test_peers_are_planned_with_their_own_groups(system: str, sizes: list[int]):
+    plan = make_plan(replace(plan_of().request, system=system))  # type: ignore[arg-type]
+    assert [candidate.partition_size for candidate in plan.candidates] == sizes
+    assert plan.network == ""
+
+
+def test_ddp_is_refused_where_a_whole_replica_does_not_fit():
+    with pytest.raises(ConfigError, match="at best, with ddp at 1, a GPU needs"):
+        make_plan(replace(plan_of().request, system="ddp"))
+
+
+def test_a_measured_memory_takes_the_place_of_the_closed_form():
+    base = plan_of()
+    tight = replace(base.choice.memory, memory_bytes={**base.choice.memory.memory_bytes, "activations": 40e9})
+    asked = []
+
+    def measure(workload: Workload, topology: Any) -> Any:
+        asked.append(topology.partition_size)
+        return tight if topology.partition_size < 32 else base.candidates[-1].memory
+
+    plan = make_plan(replace(base.request, memory=measure))
+    assert asked == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert plan.choice.partition_size == 32
+
+
+def test_costs_follow_from_the_price_and_the_speed():
+    plan = make_plan(replace(plan_of().request, price_per_hour=36.0))
+    low, high = plan.choice.cost_per_billion_tokens(16) or (0, 0)
+    # 16 nodes at 36 an hour are 0.16 a second.
+    assert low == pytest.approx(0.16 * 1e9 / plan.choice.time.tokens_per_s.high)
+    assert high == pytest.approx(0.16 * 1e9 / plan.choice.time.tokens_per_s.low)
