@@ -311,6 +311,21 @@ def remove_override(module: nn.Module, name: str) -> None:
     module.__dict__.pop(name, None)
 
 
+def collective_of(work: dist.Work) -> str:
+    """Which collective a Work belongs to: all_gather, reduce_scatter (all-to-all included), all_reduce or other."""
+    name = cast(Any, torch._C._distributed_c10d).OpType(cast(Any, work)._get_op_type()).name
+    return next((collective for part, collective in _COLLECTIVES.items() if part in name), "other")
+
+
+_COLLECTIVES = {
+    "ALLGATHER": "all_gather",
+    "REDUCE_SCATTER": "reduce_scatter",
+    "ALLTOALL": "reduce_scatter",
+    "UNKNOWN": "reduce_scatter",  # gloo leaves its reduce-scatter unnamed
+    "ALLREDUCE": "all_reduce",
+}
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread."""
     return torch._C._current_graph_task_id() != -1

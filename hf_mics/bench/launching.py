@@ -1,0 +1,134 @@
+"""How does a batch of jobs get onto the ranks of a cluster, and what comes back?"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_mics.bench.configuration import OWN_ENVIRONMENT, Configuration
+from hf_mics.bench.measure import Part
+from hf_mics.bench.namespaces import NIC
+from hf_mics.bench.peers import ROOT, interpreter
+from hf_mics.bench.virtual_cluster import VirtualCluster
+from hf_mics.bench.worker import part_path
+
+_START_UP_S = 180.0
+_CONFIG = {"distributed_type": "FSDP", "mixed_precision": "no", "fsdp_config": {"fsdp_version": 2}}
+_WORKER = ["-m", "hf_mics.bench.worker"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came back of one job: every rank's part, or why not."""
+
+    parts: list[Part]
+    failure: str | None = None
+
+
+def launch(
+    cluster: VirtualCluster | None, configurations: Sequence[Configuration], folder: Path, *, timeout_s: float
+) -> list[Outcome]:
+    """Runs the configurations one after the other in one launch; all of one environment and cluster shape.
+
+    On a cluster, this project's systems start with one `accelerate launch --num_machines` per node and peers with one
+    `torchrun` per node. Without, on the loopback of this machine.
+
+    Args:
+        cluster: where; None: this machine, no NIC.
+        configurations: what.
+        folder: an empty folder for the job file, the ranks' parts and their output.
+        timeout_s: seconds that one job may take.
+
+    Returns:
+        The outcome of each configuration.
+    """
+    first = configurations[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs_file = folder / "jobs.json"
+    jobs = {
+        "configurations": [c.to_json() for c in configurations],
+        "nic": NIC if cluster is not None else None,
+        "first_port": 29600 if cluster is not None else _free_port(),
+        "timeout_s": timeout_s,
+    }
+    jobs_file.write_text(json.dumps(jobs))
+    limit_s = _START_UP_S + timeout_s * len(configurations)
+    arguments = [*_WORKER, str(jobs_file)]
+    python = str(interpreter(first.spec.environment))
+    if cluster is None:
+        _launch_here(python, arguments, first, folder, limit_s)
+    else:
+        _launch_on(cluster, python, arguments, first, folder, limit_s)
+    return [_collect(folder, index, c) for index, c in enumerate(configurations)]
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Ranks fork their jobs, which Python 3.12 warns about once threads exist.
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    }
+
+
+def _launch_on(
+    cluster: VirtualCluster, python: str, arguments: list[str], first: Configuration, folder: Path, limit_s: float
+) -> None:
+    if first.spec.environment == OWN_ENVIRONMENT:
+        config = folder / "accelerate.yaml"
+        config.write_text(yaml.safe_dump({**_CONFIG, "num_processes": first.world_size}))
+        results = cluster.accelerate_launch(
+            config, first.node_size, arguments, python=python, env=_environment(), timeout_s=limit_s
+        )
+    else:
+        results = cluster.torchrun(first.node_size, arguments, python=python, env=_environment(), timeout_s=limit_s)
+    for result in results:
+        (folder / f"node{result.node}.log").write_text(result.stdout + result.stderr)
+
+
+def _launch_here(python: str, arguments: list[str], first: Configuration, folder: Path, limit_s: float) -> None:
+    command = [
+        *(python, "-m", "torch.distributed.run", "--nproc-per-node", str(first.world_size)),
+        *("--master-addr", "127.0.0.1", "--master-port", str(_free_port()), *arguments),
+    ]
+    environment = {**os.environ, **_environment(), "GLOO_SOCKET_IFNAME": "lo"}
+    with (folder / "node0.log").open("w") as log:
+        subprocess.run(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit_s, check=False, cwd=folder
+        )
+
+
+def _collect(folder: Path, job: int, configuration: Configuration) -> Outcome:
+    parts: list[Part] = []
+    failures: list[str] = []
+    for rank in range(configuration.world_size):
+        path = part_path(folder, job, rank)
+        values: dict[str, Any] = (
+            json.loads(path.read_text()) if path.exists() else {"error": f"rank {rank} left nothing behind"}
+        )
+        if "error" in values:
+            failures.append(str(values["error"]))
+        else:
+            parts.append(Part(**values))
+    if failures:
+        # The rank that failed first says why; the others then lost their connection to it.
+        failures.sort(key=lambda text: ("Connection" in text, "did not finish" in text, "left nothing" in text))
+        return Outcome([], failures[0])
+    return Outcome(parts)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

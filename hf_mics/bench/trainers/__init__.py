@@ -1,0 +1,1 @@
+"""How does each system train? One file per library, all behind `Trainer`."""
