@@ -43,6 +43,11 @@ def step_times(options: argparse.Namespace, partition_size: int, accumulation: i
             n_head=options.heads,
             vocab_size=options.vocab,
             n_positions=options.seq_length,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     )
     shape = (dist.get_world_size() // partition_size, partition_size)
