@@ -14,7 +14,7 @@ from hf_mics.commands.scaling_report import ScalingReport, scaling_table
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
 from hf_mics.planning.models import find_model
-from hf_mics.planning.scaling import ScalePoint, Scaling, simulate, sizes_between
+from hf_mics.planning.scaling import ScalePoint, Scaling, simulate, sizes_between, smallest_partition
 from hf_mics.planning.scaling_plots import Panel
 from hf_mics.planning.timing import System
 from hf_mics.planning.workload import OptimizerName, Precision, Workload
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16", help="default bf16")
     parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw", help="default adamw")
     parser.add_argument("--no-activation-checkpointing", action="store_true", help="layers are not recomputed")
-    parser.add_argument("--partition-size", type=int, help="GPUs in a partition group (default: a node's)")
+    parser.add_argument("--partition-size", type=int, help="GPUs in a partition group (default: fewest that fit)")
     parser.add_argument("--systems", nargs="+", choices=get_args(System), default=["mics", "zero3", "hsdp"])
     parser.add_argument("--scaling", choices=(*get_args(Scaling), "both"), default="both", help="default both")
     parser.add_argument("--from-gpus", type=int, default=8, help="smallest number of GPUs (default 8)")
@@ -64,7 +64,9 @@ def _report(options: argparse.Namespace) -> ScalingReport:
     cluster = cluster_from_options(options, None)
     sizes = sizes_between(options.from_gpus, options.to_gpus)
     scalings = get_args(Scaling) if options.scaling == "both" else (options.scaling,)
-    partition_size = cluster.gpus_per_node if options.partition_size is None else options.partition_size
+    partition_size = options.partition_size
+    if partition_size is None:
+        partition_size = smallest_partition(_workload(options, "weak", sizes), cluster.with_world_size(sizes[-1]))
     points: list[ScalePoint] = []
     pictures = {}
     for scaling in scalings:

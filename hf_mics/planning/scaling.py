@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hf_mics.errors import ConfigError, TopologyError
+from hf_mics.errors import ConfigError, MiCSError, TopologyError
 from hf_mics.planning.cluster import Cluster, Range
+from hf_mics.planning.memory import peak_memory
+from hf_mics.planning.plan import DEFAULT_RESERVE_BYTES
 from hf_mics.planning.timing import FSDP2, Implementation, StepTime, System, predict
 from hf_mics.planning.workload import Workload
+from hf_mics.topology import Topology, valid_partition_sizes
 
 Scaling = Literal["weak", "strong"]
 
@@ -79,14 +82,16 @@ def simulate(
 ) -> list[ScalePoint]:
     """Every system at every size, in that order.
 
-    Left out are sizes smaller than a partition group for the systems that have one, and, under strong scaling, sizes
-    at which the global batch (micro_batch * accumulation * the smallest size) does not divide into whole micro-batches.
+    Left out are sizes at which a system does not fit into memory, sizes smaller than a partition group for the systems
+    that have one, and, under strong scaling, sizes at which the global batch (micro_batch * accumulation * the smallest
+    size) does not divide into whole micro-batches.
 
     Raises:
         TopologyError: a size that is not whole nodes, or a partition size that forms no groups at any size.
+        ConfigError: no system that has partition groups, or none at all if there is no such, fits at any size.
     """
     points = []
-    refused: TopologyError | None = None
+    refused: MiCSError | None = None
     for system in systems:
         for world_size in world_sizes:
             sized = cluster.with_world_size(world_size)
@@ -96,10 +101,11 @@ def simulate(
                 continue
             run = replace(workload, accumulation=accumulation)
             try:
-                step = predict(run, sized, system=system, partition_size=p, implementation=implementation)
-            except TopologyError as error:
-                refused = error
+                _require_memory(run, sized, system, p)
+            except (TopologyError, ConfigError) as error:
+                refused = refused or error
                 continue
+            step = predict(run, sized, system=system, partition_size=p, implementation=implementation)
             points.append(
                 ScalePoint(
                     scaling=scaling,
@@ -110,9 +116,23 @@ def simulate(
                     step=step,
                 )
             )
-    if refused is not None and not any(point.system in PARTITIONED for point in points):
+    asked = set(PARTITIONED) & set(systems) or set(systems)
+    if refused is not None and not asked & {point.system for point in points}:
         raise refused
     return points
+
+
+def smallest_partition(workload: Workload, cluster: Cluster) -> int:
+    """The smallest partition group in which the workload fits.
+
+    Raises:
+        ConfigError: there is none; says how much the largest lacks.
+    """
+    for p in valid_partition_sizes(cluster.world_size, cluster.gpus_per_node):
+        if _missing_bytes(workload, cluster, "mics", p) <= 0:
+            return p
+    _require_memory(workload, cluster, "mics", cluster.world_size)
+    raise AssertionError("the largest partition group fits after all")
 
 
 def efficiency(points: Sequence[ScalePoint], point: ScalePoint) -> Range:
@@ -138,3 +158,20 @@ def _size(point: ScalePoint) -> int:
 
 def _ends(found: Range) -> list[float]:
     return [found.low, found.high]
+
+
+def _require_memory(workload: Workload, cluster: Cluster, system: System, partition_size: int) -> None:
+    missing = _missing_bytes(workload, cluster, system, partition_size)
+    if missing > 0:
+        available = cluster.accelerator.memory_bytes
+        raise ConfigError(
+            f"{workload.model.name} does not fit: {system} with partition groups of {partition_size} needs "
+            f"{(available + missing) / 1e9:.1f} GB of a GPU's {available / 1e9:.1f} GB. Larger partition groups, "
+            "smaller micro-batches or activation checkpointing need less; hf-mics plan shows which."
+        )
+
+
+def _missing_bytes(workload: Workload, cluster: Cluster, system: System, partition_size: int) -> float:
+    topology = Topology(world_size=cluster.world_size, node_size=cluster.gpus_per_node, partition_size=partition_size)
+    needed = peak_memory(workload, topology, system=system).total_bytes + DEFAULT_RESERVE_BYTES
+    return needed - cluster.accelerator.memory_bytes

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hf_mics import cli
+from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster_file import save_cluster
 from hf_mics.planning.instances import instance_cluster
 from hf_mics.planning.models import find_model
-from hf_mics.planning.scaling import simulate, sizes_between
+from hf_mics.planning.published import SETTINGS
+from hf_mics.planning.scaling import simulate, sizes_between, smallest_partition
 from hf_mics.planning.timing import predict
 from hf_mics.planning.workload import Workload
 
-SMALL = ["simulate", "--model", "gpt2-xl", "--instance", "p4d.24xlarge"]
+SMALL = ["simulate", "--model", "gpt2-xl", "--instance", "p4d.24xlarge", "--partition-size", "8"]
 CLUSTER = instance_cluster("p4d.24xlarge", 1)
 WORKLOAD = Workload(model=find_model("gpt2-xl"), seq_length=1024, accumulation=4)
 
@@ -67,6 +70,32 @@ def test_groups_larger_than_the_job_are_left_out(capsys: pytest.CaptureFixture[s
     assert sizes == {"mics": [32, 64], "zero3": [8, 16, 32, 64]}
 
 
+def test_the_default_group_is_the_smallest_that_fits_and_what_does_not_fit_is_left_out(
+    capsys: pytest.CaptureFixture[str],
+):
+    words = ["simulate", "--model", "gpt-20b", "--instance", "p4d.24xlarge", "--scaling", "weak", "--json"]
+    assert cli.main([*words, "--systems", "mics", "zero3", "ddp", "--to-gpus", "64"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    # 20B parameters are 320 GB of state: 20 GB on 16 GPUs and 10 on 32, beside what is gathered and computed.
+    smallest = next(p["partition_size"] for p in points if p["system"] == "mics")
+    sizes = {(p["system"], p["world_size"]) for p in points}
+    assert 8 < smallest <= 32
+    assert sizes == {(s, w) for s in ("mics", "zero3") for w in (16, 32, 64) if w >= smallest}
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_the_paper_s_settings_are_the_smallest_group_and_the_largest_micro_batch_that_fit(name: str):
+    setting = SETTINGS[name]
+    cluster = setting.cluster(128)
+    smallest = smallest_partition(replace(setting.workload, micro_batch=1), cluster)
+    assert setting.partition_size == smallest == smallest_partition(setting.workload, cluster)
+    doubled = replace(setting.workload, micro_batch=2 * setting.micro_batch)
+    with pytest.raises(ConfigError, match="does not fit"):
+        simulate(
+            doubled, cluster, scaling="weak", systems=["mics"], world_sizes=[128], partition_size=setting.partition_size
+        )
+
+
 def test_mics_scales_better_than_full_sharding_where_the_network_is_slow():
     points = simulate(
         WORKLOAD,
@@ -101,7 +130,7 @@ def test_plots_are_written_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_measured_cluster_is_simulated_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     save_cluster(CLUSTER.with_nodes(2), tmp_path / "cluster.json")
-    words = ["simulate", "--model", "gpt2-xl", "--cluster", str(tmp_path / "cluster.json"), "--json"]
+    words = ["simulate", "--model", "gpt2-xl", "--cluster", str(tmp_path / "cluster.json"), *SMALL[5:], "--json"]
     assert cli.main([*words, "--scaling", "weak"]) == 0
     from_file = json.loads(capsys.readouterr().out)["points"]
     assert from_file == record(capsys, "--scaling", "weak")["points"]
@@ -136,6 +165,11 @@ def test_the_paper_s_figures_hold_every_published_point(tmp_path: Path, capsys: 
         ([*SMALL, "--global-batch", "3"], "must be a multiple of micro-batch x smallest number of GPUs, 1 x 8 = 8"),
         ([*SMALL, "--paper"], "--paper has models and instances of its own"),
         ([*SMALL[:3], "--cluster", "nowhere.json"], "cannot read 'nowhere.json'"),
+        (
+            ["simulate", "--model", "gpt-175b", *SMALL[3:5], "--to-gpus", "32"],
+            "gpt-175b does not fit: mics with partition",
+        ),
+        ([*SMALL, "--partition-size", "1", "--micro-batch", "64"], "does not fit"),
     ],
 )
 def test_bad_input_is_refused_with_nothing_written(
