@@ -111,7 +111,7 @@ def _hierarchical() -> list[Configuration]:
 
 
 def _wire() -> list[Configuration]:
-    base = Configuration(system="fsdp2", rate_mbit=FAST_MBIT)
+    base = Configuration(system="fsdp2", rate_mbit=None)
     runs = []
     for p in valid_partition_sizes(base.world_size, base.node_size):
         for hierarchical in (True, False) if p > base.node_size else (True,):
@@ -123,13 +123,13 @@ def _wire() -> list[Configuration]:
 
 def _equality() -> list[Configuration]:
     runs = [
-        replace(run, rate_mbit=FAST_MBIT)
+        replace(run, rate_mbit=None)  # losses do not depend on it
         for model in ("gpt2", "bert")
         for run in _headline(model)
         if run.spec.equal_losses
     ]
     # As many micro-steps as the other systems' ranks do together: the same global batch.
-    alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32, rate_mbit=FAST_MBIT)
+    alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32, rate_mbit=None)
     return [alone, replace(alone, model="bert"), *runs]
 
 
