@@ -38,6 +38,7 @@ _GROUP_ATTRIBUTES = (
     "post_backward",
     "finalize_backward",
     "comm_ctx",
+    "_all_reduce_hook",
     "_partial_reduce_output",
     "_training_state",
 )
@@ -197,6 +198,25 @@ class Unit:
     def hop2_averages(self) -> bool:
         """Whether hop 2 is a plain average; a custom divide factor or forced sums make it a sum."""
         return self._group.gradient_divide_factor is None and not self._group.force_sum_reduction_for_comms
+
+    @property
+    def reads_hop2_late(self) -> bool:
+        """Whether, on CPUs, nothing reads what hop 2 returns before the end of backward.
+
+        FSDP2 then only makes views of it. It reads it at once to divide it (fp16, fp64, custom factors), to cast it, to
+        add it to a gradient that is there already, to move it, or for a hook.
+        """
+        group, dtype = self._group, getattr(self._group, "_reduce_dtype", None)
+        return (
+            self.device.type == "cpu"
+            and self.hop2_averages
+            and dtype in (torch.float32, torch.bfloat16)
+            and group._orig_dtype in (None, dtype)
+            and group._all_reduce_hook is None
+            and not any(param.offload_to_cpu for param in self._params)
+            and all(param.sharded_param.grad is None for param in self._params)
+            and not any(getattr(p.sharded_param, "_post_accumulate_grad_hooks", None) for p in self._params)
+        )
 
     def gradient_tensors(self) -> list[torch.Tensor]:
         """Every gradient that the unit holds now: unsharded, partly reduced, or finished; views may share storage."""

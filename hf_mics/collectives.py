@@ -164,8 +164,13 @@ class MiCSReduceScatter(ReduceScatter):
             # The same order of additions as the staged path, so that both agree to the last bit in fp32.
             nodes = self._groups.topology.nodes_per_partition
             rows = received.view(nodes, group.size() // nodes, -1)
-            sums = torch.stack([_combine(row, op) for row in rows]) if nodes > 1 else _combine(rows[0], op)
-            output.copy_(_combine(sums, _second_operation(op)) if nodes > 1 else sums)
+            if nodes == 1:
+                _combine(rows[0], op, output)
+                return
+            sums = torch.empty(nodes, rows.size(-1), dtype=_sum_dtype(wire.dtype), device=wire.device)
+            for row, total in zip(rows, sums, strict=True):
+                _combine(row, op, total)
+            _combine(sums, _second_operation(op), output)
             return
         _scatter_into(output, wire, group, op)
 
@@ -186,10 +191,10 @@ class MiCSReduceScatter(ReduceScatter):
             received = torch.empty_like(blocks[0])
             for row, block in zip(rows, blocks, strict=True):
                 yield dist.all_to_all_single(received, block, group=intra, async_op=True)
-                row.copy_(_combine(received.view(k, shard), op))
+                _combine(received.view(k, shard), op, row)
             columns = torch.empty_like(rows)
             yield dist.all_to_all_single(columns.view(-1), rows.view(-1), group=inter, async_op=True)
-            output.copy_(_combine(columns, _second_operation(op)))
+            _combine(columns, _second_operation(op), output)
             return
         with coalesced(intra):
             for row, block in zip(rows, blocks, strict=True):
@@ -270,16 +275,29 @@ def _scatter_into(output: torch.Tensor, wire: torch.Tensor, group: dist.ProcessG
         output.copy_(reduced)
 
 
-def _combine(rows: torch.Tensor, op: Any) -> torch.Tensor:
+def _combine(rows: torch.Tensor, op: Any, output: torch.Tensor) -> None:
     """Reduces `rows` (ranks, elements) in rank order, in fp32 or, if they are wider, in their own dtype."""
-    total = rows[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
-    for row in rows[1:]:
+    dtype = _sum_dtype(rows.dtype)
+    # A pass over a shard costs as much as the loopback does: the sum is formed in its place.
+    total = output if output.dtype == dtype else torch.empty_like(output, dtype=dtype)
+    if rows.dtype == dtype and len(rows) > 1:
+        torch.add(rows[0], rows[1], out=total)
+        rest = rows[2:]
+    else:
+        total.copy_(rows[0])
+        rest = rows[1:]
+    for row in rest:
         total += row
     if op == ReduceOp.AVG:
         total /= len(rows)
     elif (factor := premul_factor(op)) is not None:
         total *= factor
-    return total
+    if total is not output:
+        output.copy_(total)
+
+
+def _sum_dtype(wire: torch.dtype) -> torch.dtype:
+    return torch.promote_types(wire, torch.float32)
 
 
 def _second_operation(op: Any) -> Any:

@@ -2,6 +2,10 @@
 
 FSDP2 issues hop 2 itself, `dist.all_reduce(shard, group=...)`, overlapped with backward in its own stream.
 `ReplicationGroup` stands in for that group: it casts to the wire dtype, lets the real group reduce, and casts back.
+
+CPUs have no streams: there FSDP2's call would stop backward until the slow links are done. A unit whose result nobody
+reads before the end of backward is therefore deferred: its all-reduce runs in gloo's own threads, below the backward of
+the units that follow, and `finish` waits for it.
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ class ReplicationGroup(dist.ProcessGroup):
         super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
         self.inner = inner
         self.wire_dtype = wire_dtype
+        self.defers = False
+        """Whether the next all-reduce may still run when its call returns, until `finish`."""
         self._meter = meter
         self._error: Exception | None = None
+        self._running: list[tuple[dist.Work, torch.Tensor, torch.Tensor]] = []
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
-        """All-reduces the one tensor in `tensors` in place."""
+        """All-reduces the one tensor in `tensors` in place; if it `defers`, by the time of `finish`."""
         if self.inner.size() == 1:
             return _Done()
         (tensor,) = tensors
@@ -42,9 +49,12 @@ class ReplicationGroup(dist.ProcessGroup):
         size = all_reduce_bytes(wire.numel() * wire.element_size(), self.inner.size())
         self._meter.add("all_reduce", "replication", bytes_sent=size)
         try:
-            # FSDP2 calls synchronously in its own stream; NCCL orders that stream itself and returns None.
             with self._meter.timed("hop2", tensor.device):
                 work = self.inner.allreduce([wire], opts)
+                # FSDP2 calls synchronously in its own stream; NCCL orders that stream itself and returns None.
+                if work is not None and self.defers:
+                    self._running.append((work, tensor, wire))
+                    return _Done()
                 if work is not None:
                     work.wait()
         except Exception as error:
@@ -53,6 +63,15 @@ class ReplicationGroup(dist.ProcessGroup):
         if wire is not tensor:
             tensor.copy_(wire)
         return _Done()
+
+    def finish(self) -> None:
+        """Waits for the deferred all-reduces; then their tensors hold the result."""
+        running, self._running = self._running, []
+        for work, tensor, wire in running:
+            with self._meter.timed("hop2", tensor.device):
+                work.wait()
+            if wire is not tensor:
+                tensor.copy_(wire)
 
     @contextmanager
     def unmasked_errors(self) -> Iterator[None]:

@@ -112,6 +112,8 @@ class TwoHopSchedule:
     def _end_backward(self) -> None:
         for window in self._windows:
             window.end_backward()
+        for window in self._windows:
+            window.finish_hop2()
 
 
 def _set_requires_gradient_sync(model: nn.Module, requires_gradient_sync: bool, *, recurse: bool = True) -> None:

@@ -72,6 +72,10 @@ class Window:
         if not self._exposed:
             self._expose()
 
+    def finish_hop2(self) -> None:
+        """Waits for what hop 2 has deferred; the end of a backward calls it on every unit, last."""
+        self._hop2.finish()
+
     def _count_forward(self, *_: Any) -> None:
         # Activation checkpointing runs forward again during backward; evaluation runs it without gradients.
         if torch.is_grad_enabled() and not in_backward():
@@ -82,6 +86,8 @@ class Window:
             fsdp_post_backward()
             return
         self._forwards -= 1
+        # A second reduction in one backward is added to the first one's result; a backward that raised left its own.
+        self._hop2.finish()
         self._settle()
         used = self.unit.params_with_gradient()
         closes = self.unit.all_reduces and self._forwards <= 0
@@ -103,11 +109,13 @@ class Window:
     def _reduce(self, fsdp_post_backward: Callable[..., None], *, all_reduce: bool) -> None:
         wanted = self.unit.all_reduces
         self.unit.all_reduces = wanted and all_reduce
+        self._hop2.defers = self.unit.reads_hop2_late
         try:
             with self._hop2.unmasked_errors():
                 fsdp_post_backward()
         finally:
             self.unit.all_reduces = wanted
+            self._hop2.defers = False
 
     def _close(self) -> None:
         self.unit.partial_sum = None
