@@ -1,10 +1,10 @@
 """How long does this rank spend in the collectives of hop 1 and hop 2?
 
 On CPUs the time that blocks training: from the call to its return, and for a hop 2 that runs below the backward what is
-left of it at the end. On GPUs the time between two events around the
-collective in the stream that runs it, which other streams may overlap with compute; nothing waits for the device until
-the clock is read. Both hold what a rank waits for slower ranks. Collectives launched with `async_op=True` count with
-their launch alone; FSDP2 launches none unless told to.
+left of it at the end. On GPUs the time between two events around the collective in the stream that runs it, which other
+streams may overlap with compute; nothing waits for the device until the clock is read. Both hold what a rank waits for
+slower ranks. Collectives launched with `async_op=True` count with their launch alone; FSDP2 launches none unless told
+to.
 """
 
 from __future__ import annotations
