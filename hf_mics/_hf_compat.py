@@ -95,6 +95,19 @@ def run_checkpoint_functions_inside(around: Callable[..., Any], module: ModuleTy
 _WRAPPED = "_hf_mics_wrapped"
 
 
+def prepare_beside_sharded(accelerator: Accelerator, model: nn.Module, *args: Any) -> tuple[Any, ...]:
+    """`Accelerator._prepare_fsdp2` for a model that it has sharded before, whose optimizer has the sharded parameters.
+
+    Accelerate would look for the optimizer's parameters by address, where parameters that an evaluation has left
+    gathered are missing, and empty shards are all alike.
+    """
+    first = [arg if arg is model else accelerator._prepare_one(arg, first_pass=True) for arg in args]
+    result = tuple(arg if arg is model else accelerator._prepare_one(arg) for arg in first)
+    if model not in accelerator._models:
+        accelerator._models.append(model)
+    return result
+
+
 def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:
     """Joins the job as accelerate would, and makes its FSDP path reachable without accelerators and with one process.
 
@@ -135,6 +148,20 @@ def leave_mics_state() -> None:
     AcceleratorState._reset_state()
     if PartialState().device.type == "cpu":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+@contextlib.contextmanager
+def unchanged_fsdp_switch() -> Iterator[None]:
+    """Inside, an Accelerator may turn FSDP on for itself, as one with an FSDP plugin does through the environment.
+
+    Left on, it would shard the models of accelerators that bring no plugin later.
+    """
+    former = os.environ.get("ACCELERATE_USE_FSDP")
+    try:
+        yield
+    finally:
+        if former is None:
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def _launched_ranks() -> int:

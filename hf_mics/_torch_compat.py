@@ -400,6 +400,15 @@ def after_backward(model: nn.Module, callback: Callable[[], None]) -> Callable[[
     return undo
 
 
+def job_store() -> dist.Store | None:
+    """A connection of its own to the store through which the job's ranks met; None if that is not a TCPStore."""
+    store = dist.distributed_c10d._get_default_store()
+    base = store
+    while isinstance(base, dist.PrefixStore):
+        base = base.underlying_store
+    return dist.PrefixStore("hf_mics", base.clone()) if isinstance(base, dist.TCPStore) else None  # type: ignore[attr-defined]
+
+
 def coalesced(group: dist.ProcessGroup) -> AbstractContextManager[Any]:
     """Turns the all-gathers (or reduce-scatters) issued inside into one launch on `group`."""
     return dist.distributed_c10d._coalescing_manager(group=group)

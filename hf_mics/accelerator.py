@@ -12,6 +12,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from hf_mics._hf_compat import (
     StockAccelerator,
     accelerate_is_initialized,
     active_fsdp_plugin,
+    prepare_beside_sharded,
     replaced_preparation,
     run_checkpoint_functions_inside,
     start_process_state,
@@ -34,6 +36,7 @@ from hf_mics.engine import apply_mics, is_under_mics, mics_engine, node_size_fro
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology
 from hf_mics.process_groups import say_to_all
+from hf_mics.rank_watch import watch_ranks
 from hf_mics.sharding import checkpoint_activations, restore_scalars, shard_model
 from hf_mics.summary import start_up_summary
 
@@ -67,7 +70,8 @@ class MiCSAccelerator(StockAccelerator):
         sizes = requested_sizes(given.get("parallelism_config"))
         init_kwargs = _init_process_group_kwargs(given.get("kwargs_handlers"))
         state = start_process_state(bool(given.get("cpu", False)), **init_kwargs)
-        self._node_names, node_size = _agree_on_nodes(plugin)
+        hosts, node_size = _agree_on_nodes(plugin)
+        self._node_names = list(dict.fromkeys(hosts))
         self.topology = resolve_topology(plugin, sizes, world_size=state.num_processes, node_size=node_size)
         given["fsdp_plugin"] = plugin
         given["parallelism_config"] = MiCSParallelismConfig(
@@ -81,6 +85,7 @@ class MiCSAccelerator(StockAccelerator):
             # Whoever makes a Trainer has loaded it; others need not wait for it.
             import_module("hf_mics.checkpoint.trainer_state").make_trainers_safe()
         _leave_job_at_exit()
+        watch_ranks(hosts)
         self._warn_if_two_hop_is_off()
 
     @property
@@ -146,16 +151,21 @@ class MiCSAccelerator(StockAccelerator):
         return restore_scalars(model, super().get_state_dict(model, unwrap=unwrap))
 
     def _prepare_fsdp2(self, *args: Any) -> Any:
-        with replaced_preparation(shard_model, checkpoint_activations):
-            result = super()._prepare_fsdp2(*args)
+        # A second time: a Trainer's second train(), or its retry with a smaller batch.
+        again = next((arg for arg in args if isinstance(arg, torch.nn.Module) and arg in _SHARDED), None)
+        if again is None:
+            with replaced_preparation(shard_model, checkpoint_activations):
+                result = super()._prepare_fsdp2(*args)
+        else:
+            result = prepare_beside_sharded(self, again, *args)
         for item in result:
             if isinstance(item, torch.nn.Module):
+                _SHARDED.add(item)
                 self._start_mics(item)
         return result
 
     def _start_mics(self, model: torch.nn.Module) -> None:
         if is_under_mics(model):
-            # Prepared again with a new optimizer: a Trainer's second train(), or its retry with a smaller batch.
             mics_engine(model).schedule.drop_window()
             return
         plugin = self.mics_plugin
@@ -183,6 +193,10 @@ class MiCSAccelerator(StockAccelerator):
                 UserWarning,
                 stacklevel=3,
             )
+
+
+# Models that a MiCSAccelerator has prepared.
+_SHARDED: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def _choose_plugin(mics_plugin: MiCSPlugin | None, fsdp_plugin: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
@@ -213,7 +227,8 @@ def _active_plugin(wanted: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
     if not isinstance(active, MiCSPlugin):
         raise ConfigError(
             "accelerate was already initialized by an Accelerator that is not under MiCS, and keeps its state for the "
-            "whole process. Create the MiCSAccelerator first, or run the script with `-m hf_mics`."
+            "whole process. Create the MiCSAccelerator first, give a second Trainer its own TrainingArguments, or run "
+            "the script with `-m hf_mics`."
         )
     if isinstance(wanted, MiCSPlugin) and wanted.settings() != active.settings():
         raise ConfigError(
@@ -232,7 +247,7 @@ def _init_process_group_kwargs(handlers: list[Any] | None) -> dict[str, Any]:
 
 
 def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
-    """Node names in rank order and ranks per node, from what every rank says; so all ranks raise or none does."""
+    """Every rank's node name and the ranks per node, from what every rank says; so all ranks raise or none does."""
     everyone = say_to_all(
         lambda: (socket.gethostname(), plugin.node_size or node_size_from_launcher(), plugin.partition_size)
     )
@@ -246,7 +261,7 @@ def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
     partitions = {partition for _, _, partition in everyone}
     if len(partitions) > 1:
         raise TopologyError(f"every rank must ask for the same partition_size, got {sorted(map(str, partitions))}.")
-    return list(dict.fromkeys(host for host, _, _ in everyone)), sizes.pop()
+    return [host for host, _, _ in everyone], sizes.pop()
 
 
 def _leave_job_at_exit() -> None:

@@ -18,7 +18,7 @@ from weakref import ReferenceType, ref
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_mics._hf_compat import join_launched_job, leave_mics_state
+from hf_mics._hf_compat import join_launched_job, leave_mics_state, unchanged_fsdp_switch
 from hf_mics._trainer_compat import accelerator_class, replaced_accelerator, report_first, run_constructors_inside
 from hf_mics.accelerator import MiCSAccelerator
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, remove_mics
@@ -82,7 +82,8 @@ class MiCSCallback(TrainerCallback):
         def make(**kwargs: Any) -> MiCSAccelerator:
             if self._plugin is not None:
                 kwargs["mics_plugin"] = self._plugin
-            accelerator = base(**kwargs)
+            with unchanged_fsdp_switch():
+                accelerator = base(**kwargs)
             accelerator.micro_steps = micro_steps
             return accelerator
 

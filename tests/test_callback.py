@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +86,29 @@ def test_hop_2_runs_once_per_unit_and_optimizer_step_short_last_windows_included
 ) -> None:
     assert doors["callback"][name]["hop 2 calls"] == list(range(1, 11))
     assert doors["runner"][name]["hop 2 calls"] == list(range(1, 11))
+
+
+def test_the_other_ranks_name_a_rank_that_died_and_its_node() -> None:
+    """Without a launcher, whose agent ends the others before they can speak, as on the other nodes of a cluster."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, ASSETS / "trainer_loses_a_rank.py", "2"],
+            env={**os.environ, **common, "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4",
+                 "LOCAL_WORLD_SIZE": "4"},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in "0123"
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [1, 1, -signal.SIGKILL, 1]
+    for rank in (0, 1, 3):
+        assert f"MiCS: rank 2 on node {socket.gethostname()} died" in told[rank], told[rank][-3000:]
+        assert f"why rank {rank} failed" in told[rank]

@@ -26,6 +26,7 @@ FLOORS = {
         "engine",
         "clock",
         "loss_watch",
+        "rank_watch",
         "training_meter",
         "testing",
         "calibration",

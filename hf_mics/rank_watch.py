@@ -1,0 +1,166 @@
+"""Which rank died, and on which node?
+
+A dead rank shows as a network error on its neighbours in some collective, or as a hang, and neither names it. So every
+rank counts a beat in the job's store once a second, from a thread. A rank whose collective fails looks who has stopped
+beating, says so below its traceback, and leaves the finding in the store for ranks that fail later, when the store may
+have gone with its host. Where no error comes (a machine that lost its power, NCCL before its
+timeout), the rank before the silent one in rank order says so after `_SILENCE_S` seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from hf_mics._torch_compat import job_store
+
+_BEAT_S = 1.0
+_SILENCE_S = 30.0
+# How long a rank waits for the beats of the others: three of them.
+_LOOK_S = 3 * _BEAT_S
+_NETWORK_ERROR = re.compile(r"connection|broken pipe|timed out|timeout|gloo|nccl", re.IGNORECASE)
+_LEFT, _RAISED = b"left", b"raised"
+
+
+class RankWatch:
+    """This rank's beat, and its eye on the others.
+
+    Args:
+        rank: this rank.
+        hosts: node name of every rank.
+        store: what the ranks share, used by nobody else under these keys.
+    """
+
+    def __init__(self, rank: int, hosts: Sequence[str], store: Any) -> None:
+        self._rank = rank
+        self._hosts = hosts
+        self._store = store
+        self._stop = threading.Event()
+        self._finding: list[int] = []
+        self._thread = threading.Thread(target=self._beat, name="hf_mics rank watch", daemon=True)
+        self._say(b"0")
+        self._thread.start()
+
+    def leave(self, word: bytes = _LEFT) -> None:
+        """Stops beating, with a last word that says why; never raises, because the store may be gone."""
+        self._stop.set()
+        self._thread.join(timeout=_LOOK_S)
+        try:
+            self._say(word)
+        except RuntimeError:
+            return
+
+    def missing(self) -> list[int]:
+        """Ranks that have stopped beating without a last word, as first found by any rank; takes some seconds.
+
+        Raises:
+            RuntimeError: the store does not answer, and nothing was found while it did.
+        """
+        if self._finding:
+            return self._finding
+        before = self._words()
+        time.sleep(_LOOK_S)
+        after = self._words()
+        self._read_finding()
+        if not self._finding:
+            self._finding = [r for r, word in after.items() if word == before.get(r) and word not in (_LEFT, _RAISED)]
+            self._store.set("finding", ",".join(map(str, self._finding)))
+            # This process may host the store: the others read the finding with their next beat.
+            time.sleep(2 * _BEAT_S)
+        return self._finding
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """The ranks with their nodes."""
+        named = [f"rank {rank} on node {self._hosts[rank]}" for rank in ranks[:8]]
+        return ", ".join(named) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+    def explain(self, error: BaseException) -> str | None:
+        """What to add to an error that ends this rank, None if no other rank has to do with it."""
+        is_network_error = isinstance(error, RuntimeError) and _NETWORK_ERROR.search(str(error))
+        self.leave(_RAISED)
+        if not is_network_error:
+            return None
+        try:
+            missing = self.missing()
+        except RuntimeError:
+            return (
+                f"MiCS: the store of the job, on the node of rank 0 ({self._hosts[0]}), does not answer rank "
+                f"{self._rank}: rank 0 or its launcher has died, or the network to it."
+            )
+        if not missing:
+            return None
+        return (
+            f"MiCS: {self.describe(missing)} died, without a sign of life for {_LOOK_S:.0f} s. That is why rank "
+            f"{self._rank} failed above. See the dead rank's own output, and resume from the last checkpoint."
+        )
+
+    def _beat(self) -> None:
+        beats = 0
+        following = (self._rank + 1) % len(self._hosts)
+        last, since = b"", time.monotonic()
+        try:
+            while not self._stop.wait(_BEAT_S):
+                beats += 1
+                self._say(str(beats).encode())
+                self._read_finding()
+                word = self._words([following]).get(following, b"")
+                if word != last:
+                    last, since = word, time.monotonic()
+                elif word not in (_LEFT, _RAISED) and time.monotonic() - since > _SILENCE_S:
+                    print(
+                        f"MiCS: {self.describe([following])} has given no sign of life for {_SILENCE_S:.0f} s, rank "
+                        f"{self._rank} reports. If it does not come back, collectives fail at their timeout.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    since = float("inf")
+        except RuntimeError:
+            # The store went first: the job ends, or rank 0's node died, which `explain` says.
+            return
+
+    def _read_finding(self) -> None:
+        if not self._finding and self._store.check(["finding"]):
+            self._finding = [int(rank) for rank in self._store.get("finding").decode().split(",") if rank]
+
+    def _say(self, word: bytes) -> None:
+        self._store.set(f"beat/{self._rank}", word)
+
+    def _words(self, ranks: Sequence[int] | None = None) -> dict[int, bytes]:
+        everyone = [rank for rank in range(len(self._hosts)) if rank != self._rank] if ranks is None else ranks
+        # get() on a key that is not there yet would block.
+        known = [rank for rank in everyone if self._store.check([f"beat/{rank}"])]
+        return dict(zip(known, self._store.multi_get([f"beat/{rank}" for rank in known]), strict=True)) if known else {}
+
+
+_WATCHES: list[RankWatch] = []
+
+
+def watch_ranks(hosts: Sequence[str]) -> None:
+    """Starts the watch of this process, once; jobs of one rank and those that met through a file have none.
+
+    Args:
+        hosts: node name of every rank.
+    """
+    store = job_store()
+    if _WATCHES or len(hosts) < 2 or store is None:
+        return
+    watch = RankWatch(dist.get_rank(), hosts, store)
+    _WATCHES.append(watch)
+    former = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        former(kind, error, trace)
+        if explanation := watch.explain(error):
+            print(explanation, file=sys.stderr, flush=True)
+
+    sys.excepthook = excepthook
+    # Registered after the one that leaves the job, hence run before it.
+    atexit.register(lambda: None if getattr(sys, "last_value", None) else watch.leave())

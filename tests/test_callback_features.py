@@ -1,0 +1,305 @@
+"""Do the Trainer's features work with MiCSCallback, and are mistakes told? Twins are stock Trainers under DDP."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from hf_mics import MiCSCallback, MiCSPlugin, mics_engine
+from hf_mics.engine import is_under_mics
+from hf_mics.errors import ConfigError, LossError
+from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
+from tests.on_ranks import Layout, on_ranks
+from tests.test_callback import TOLERANCE
+
+LAYOUT = Layout(4, 2, 2)
+
+
+def shared_folder() -> Path:
+    """A new folder that all ranks know."""
+    name = [tempfile.mkdtemp(prefix="mics_callback_") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(name)
+    return Path(name[0])
+
+
+def trainer_of(layout: Layout | None, *callbacks: Any, batch_size: int = 2, **settings: Any) -> Trainer:
+    """The stock Trainer for GPT-2, with MiCSCallback on `layout`, or under DDP for None."""
+    settings = {"use_cpu": True, "max_steps": 3, "num_train_epochs": 1, "eval_strategy": "no", **settings}
+    folder = settings.pop("output_dir", None) or shared_folder()
+    mine = [] if layout is None else [MiCSCallback(MiCSPlugin(partition_size=layout.partition, node_size=layout.node))]
+    return make_trainer("gpt2", str(folder), batch_size, [*callbacks, *mine], **settings)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    whole = [{k.removeprefix("_orig_mod."): v.clone() for k, v in state.items()} if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(whole)
+    return whole[0]
+
+
+def assert_same(ours: dict[str, torch.Tensor], twin: dict[str, torch.Tensor], tolerance: float = TOLERANCE) -> None:
+    assert ours.keys() == twin.keys()
+    assert max((ours[name] - twin[name]).abs().max().item() for name in twin) <= tolerance
+    start = make_model("gpt2").state_dict()
+    assert max((twin[n] - start[n]).abs().max().item() for n in twin if n in start) > 1e3 * TOLERANCE or "lora" in str(
+        twin
+    )
+
+
+def as_under_ddp(layout: Layout, use: Callable[[Trainer], Any] = Trainer.train, **settings: Any) -> Trainer:
+    """Does `use` to a Trainer with MiCS and to a stock one under DDP, compares weights, returns the first."""
+    twin = trainer_of(None, **settings)
+    use(twin)
+    expected = weights(twin)
+    ours = trainer_of(layout, **settings)
+    use(ours)
+    assert_same(weights(ours), expected)
+    assert not is_under_mics(ours.model)
+    return ours
+
+
+@on_ranks(LAYOUT)
+def test_max_steps_in_mid_epoch_and_no_accumulation_train_as_under_ddp(layout: Layout) -> None:
+    as_under_ddp(layout, gradient_accumulation_steps=1)
+    as_under_ddp(layout, gradient_accumulation_steps=4, max_steps=2)
+
+
+@on_ranks(LAYOUT)
+def test_a_second_train_and_evaluation_and_prediction_between_go_on_as_under_ddp(layout: Layout) -> None:
+    seen: list[Any] = []
+
+    def use(trainer: Trainer) -> None:
+        trainer.train()
+        seen.append([trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset).predictions])
+        trainer.train()
+
+    counter = Hop2Calls()
+    as_under_ddp(layout, use)
+    (stock_loss, stock_logits), (loss, logits) = seen
+    assert loss == pytest.approx(stock_loss, rel=TOLERANCE)
+    assert torch.as_tensor(logits).allclose(torch.as_tensor(stock_logits), atol=10 * TOLERANCE)
+    trainer = trainer_of(layout, counter)
+    trainer.train()
+    trainer.train()
+    # Each train() brings an engine of its own.
+    assert counter.calls == [1, 2, 3, 1, 2, 3]
+
+
+@on_ranks(LAYOUT)
+def test_early_stopping_and_the_best_model_are_those_of_ddp(layout: Layout) -> None:
+    settings = {
+        "max_steps": 8, "learning_rate": 3.0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2,
+    }  # fmt: skip
+    twin = trainer_of(None, EarlyStoppingCallback(1), **settings)
+    twin.train()
+    ours = trainer_of(layout, EarlyStoppingCallback(1), **settings)
+    ours.train()
+    assert ours.state.global_step == twin.state.global_step < 8
+    assert ours.state.best_global_step == twin.state.best_global_step < ours.state.global_step
+    # The rate that makes early stopping stop is 30 times the usual.
+    assert_same(weights(ours), weights(twin), 30 * TOLERANCE)
+
+
+@on_ranks(LAYOUT)
+def test_resuming_in_mid_epoch_gives_the_weights_of_an_undisturbed_run(layout: Layout) -> None:
+    folder = shared_folder()
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "output_dir": folder}
+    whole = trainer_of(layout, **settings)
+    whole.train()
+    expected = weights(whole)
+    resumed = trainer_of(layout, **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert_same(weights(resumed), expected, 0.0)
+
+
+@on_ranks(LAYOUT)
+def test_auto_find_batch_size_starts_again_after_running_out_of_memory(layout: Layout) -> None:
+    tried: list[list[int]] = []
+
+    def use(trainer: Trainer) -> None:
+        sizes: list[int] = []
+        tried.append(sizes)
+
+        def run_out(layer: Any, args: tuple[torch.Tensor, ...]) -> None:
+            if layer.training:
+                sizes.append(len(args[0]))
+                # In the second micro-step: the first has left a partial sum.
+                if len(args[0]) > 2 and sizes.count(len(args[0])) == 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
+
+        trainer.model.transformer.h[1].register_forward_pre_hook(run_out)
+        trainer.train()
+
+    as_under_ddp(layout, use, auto_find_batch_size=True, batch_size=4)
+    assert tried == 2 * [[4, 4, 3, 3, 2, 2, 2, 2, 2, 2]]
+
+
+@on_ranks(LAYOUT)
+def test_lora_adapters_train_as_under_ddp_and_leave_the_base_alone(layout: Layout) -> None:
+    results = []
+    for where in (None, layout):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        model = peft.get_peft_model(make_model("gpt2"), config)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        args = trainer_of(where).args
+        mine = [] if where is None else [MiCSCallback(MiCSPlugin(partition_size=2, node_size=2))]
+        trainer = Trainer(model=model, args=args, train_dataset=make_dataset(), callbacks=mine)
+        trainer.train()
+        results.append(weights(trainer))
+    twin, ours = ({k.removeprefix("module."): v for k, v in result.items()} for result in results)
+    assert max((ours[name] - twin[name]).abs().max().item() for name in twin) < TOLERANCE
+    changed = {name for name, value in start.items() if not torch.equal(ours[name], value)}
+    assert changed == {name for name in start if "lora" in name}
+
+
+@on_ranks(LAYOUT)
+def test_gradient_checkpointing_bf16_and_compilation_train_under_mics(layout: Layout) -> None:
+    as_under_ddp(layout, gradient_checkpointing=True)
+    plain = trainer_of(layout)
+    plain.train()
+    bf16 = trainer_of(layout, bf16=True)
+    bf16.train()
+    assert {p.dtype for p in bf16.model.parameters()} == {torch.float32}
+    # bf16 keeps 8 bits: the losses, about 4, agree to 1/256 of that.
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (plain, bf16)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2**-8)
+    expected = weights(plain)
+    before = dict(os.environ)
+    compiled = trainer_of(layout, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled.train()
+    for name in set(os.environ) - set(before):  # TrainingArguments leaves ACCELERATE_DYNAMO_* behind
+        del os.environ[name]
+    assert hasattr(compiled.model, "_orig_mod")
+    assert_same(weights(compiled), expected)
+
+
+class LastEngine(TrainerCallback):
+    """Remembers the engine, which goes when training ends."""
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.engine = mics_engine(model)
+
+
+@on_ranks(LAYOUT)
+def test_the_log_and_tensorboard_show_tokens_and_the_traffic_that_was_predicted(layout: Layout) -> None:
+    last, folder = LastEngine(), shared_folder()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    trainer = trainer_of(layout, last, max_steps=5, report_to="tensorboard", eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(log) == 5
+    # The first four windows are full. Evaluation after the second gathers parameters too, which the figures of training
+    # leave out; it leaves those of the root gathered, which the third step then saves.
+    predicted = last.engine.predict_step(2)
+    assert 0 < log[2]["mics/hop1_sent_gb"] < 0.999 * predicted.hop1_bytes / 1e9
+    for entry in (log[0], log[1], log[3]):
+        assert entry["mics/hop1_sent_gb"] == pytest.approx(predicted.hop1_bytes / 1e9, rel=1e-3)
+        assert entry["mics/hop2_sent_gb"] == pytest.approx(predicted.hop2_bytes / 1e9, rel=1e-3)
+        assert entry["mics/crossed_nodes_gb"] == pytest.approx(sum(predicted.nic_bytes.values()) / 1e9, rel=1e-3)
+        assert predicted.nic_bytes["hop2_all_reduce"] > 0
+        assert 0 < entry["mics/hop1_time_s"] + entry["mics/hop2_time_s"] < entry["mics/step_time_s"]
+        assert entry["mics/hop2_time_s"] > 0
+    tokens = [entry["mics/tokens_per_s_per_device"] * entry["mics/step_time_s"] for entry in log]
+    assert sum(tokens) == pytest.approx(sum(int(row["attention_mask"].sum()) for row in make_dataset()) / 4, rel=1e-3)
+    assert "mics/model_flops_utilization_percent" not in log[0]  # no peak is known of a CPU
+    if dist.get_rank() == 0:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        shown = EventAccumulator(os.environ["TENSORBOARD_LOGGING_DIR"]).Reload()
+        sent = [event.value for event in shown.Scalars("train/mics/hop1_sent_gb")]
+        assert sent == pytest.approx([entry["mics/hop1_sent_gb"] for entry in log])
+
+
+@on_ranks(LAYOUT)
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_micro_step_and_rank(layout: Layout) -> None:
+    seen = 0
+
+    def spoil(model: Any, args: Any, output: Any) -> Any:
+        nonlocal seen
+        seen += model.training
+        # The second micro-step of the third optimizer step, on two ranks.
+        if model.training and seen == 6 and dist.get_rank() in (2, 3):
+            output.loss = output.loss * float("nan")
+        return output
+
+    trainer = trainer_of(layout, max_steps=6, save_strategy="steps", save_steps=1)
+    trainer.model.register_forward_hook(spoil)
+    with pytest.raises(LossError, match="step 3, micro-step 2, seen first by rank 2 on node") as caught:
+        trainer.train()
+    assert "those of step 2 and before" in str(caught.value)
+    dist.barrier()
+    assert sorted(p.name for p in Path(trainer.args.output_dir).glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    assert_same(weights(trainer), weights_after_two_steps(layout), 0.0)
+
+
+def weights_after_two_steps(layout: Layout) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(layout, max_steps=6, save_strategy="no")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    return weights(trainer)
+
+
+@on_ranks(LAYOUT)
+def test_mistakes_are_told_before_anything_hangs(layout: Layout) -> None:
+    def mics() -> MiCSCallback:
+        return MiCSCallback(MiCSPlugin(partition_size=2))
+
+    def make(*callbacks: Any, **settings: Any) -> Trainer:
+        return trainer_of(None, *callbacks, **settings)
+
+    with pytest.raises(ConfigError, match="no FSDP in the accelerate config"):
+        make(MiCSCallback())
+    with pytest.raises(ConfigError, match="handed 2 MiCSCallbacks"):
+        make(mics(), mics())
+    with pytest.raises(ConfigError, match="must be there when the Trainer is made"):
+        make(MiCSCallback)
+    late = make()
+    late.add_callback(mics())
+    with pytest.raises(ConfigError, match="must be there when the Trainer is made"):
+        late.train()
+    callback = mics()
+    first = make(callback)
+    second = make(callback)
+    with pytest.raises(ConfigError, match="handed to another Trainer"):
+        first.train()
+    second.train()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        with pytest.raises(ConfigError, match="cannot train with DeepSpeed"):
+            mics()
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    args = make().args
+    args.deepspeed = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(ConfigError, match="cannot train with DeepSpeed"):
+        Trainer(model=make_model("gpt2"), args=args, train_dataset=make_dataset(), callbacks=[mics()])
+    model = make_model("gpt2")
+    mesh = init_device_mesh("cpu", (4,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    args = make(mics()).args
+    trainer = Trainer(model=fully_shard(model, mesh=mesh), args=args, train_dataset=make_dataset(), callbacks=[mics()])
+    with pytest.raises(ConfigError, match="1-D mesh without replicas"):
+        trainer.train()
