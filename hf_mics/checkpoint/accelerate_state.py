@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hf_mics.checkpoint.check import loader_batch_sizes, newest
-from hf_mics.checkpoint.contents import write_descriptions
+from hf_mics.checkpoint.check import newest
+from hf_mics.checkpoint.contents import loader_batch_sizes, write_descriptions
 from hf_mics.checkpoint.folder import rotate
 from hf_mics.checkpoint.mark import Mark
 from hf_mics.checkpoint.resuming import check_checkpoint, continue_random_state

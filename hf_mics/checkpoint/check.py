@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hf_mics.checkpoint.contents import (
     MODEL_FOLDER,
@@ -62,8 +61,8 @@ def missing_pieces(folder: Path) -> list[str]:
     return wrong
 
 
-def check_model(folder: Path, mark: Mark | None, index: int, present: Shapes, name: str) -> None:
-    """Compares model `index` of the checkpoint with the one to be loaded, called `name`.
+def check_model(folder: Path, mark: Mark | None, index: int, present: Shapes, class_name: str) -> None:
+    """Compares model `index` of the checkpoint with the one to be loaded, of class `class_name`.
 
     Raises:
         CheckpointError: it is not there, or has other parameters.
@@ -79,13 +78,13 @@ def check_model(folder: Path, mark: Mark | None, index: int, present: Shapes, na
     tied = set(note.tied) if note else set()
     gone = sorted(saved.keys() - present.keys() - tied)
     new = sorted(present.keys() - saved.keys())
-    other = [f"{n}: {list(saved[n])} there, {list(present[n])} here" for n in saved if n in present]
-    other = [text for text, n in zip(other, (n for n in saved if n in present), strict=True) if saved[n] != present[n]]
+    changed = [name for name in saved if name in present and saved[name] != present[name]]
+    other = [f"{name}: {list(saved[name])} there, {list(present[name])} here" for name in changed]
     if gone or new or other:
         parts = [_some("here only", new), _some("there only", gone), _some("of another shape", other)]
         raise CheckpointError(
             f"the checkpoint {folder} is of another model: a {note.class_name if note else 'model'} was saved, this "
-            f"run has a {name}. Parameters {'; '.join(part for part in parts if part)}. Build the model that was "
+            f"run has a {class_name}. Parameters {'; '.join(part for part in parts if part)}. Build the model that was "
             "saved, or start from weights with from_pretrained (`hf-mics export` makes a folder of them)."
         )
 
@@ -137,15 +136,3 @@ def _others(folder: Path) -> str:
     prefix = folder.name.rstrip("0123456789")
     others = [path for path in find_checkpoints(folder.parent, prefix).complete if path != folder]
     return f": {others[-1]} is complete" if others else ""
-
-
-def say_what_moves(mark: Mark | None, *, world_size: int, partition_size: int) -> str:
-    """One line about a checkpoint that comes from another layout; empty if it is the same."""
-    if mark is None or (mark.world_size, mark.partition_size) == (world_size, partition_size):
-        return ""
-    return f" (saved on {mark.layout} ranks, going on with {world_size // partition_size}x{partition_size})"
-
-
-def loader_batch_sizes(loaders: list[Any]) -> list[int | None]:
-    """Rows per process and micro-step of prepared loaders, None for one that has no such number."""
-    return [getattr(getattr(loader, "batch_sampler", None), "batch_size", None) for loader in loaders]

@@ -75,7 +75,7 @@ def write_descriptions(folder: Path, model: nn.Module, others: Iterable[Any] = (
 
 
 def state_format(folder: Path, index: int = 0) -> str | None:
-    """ "sharded" or "full": how model `index` is stored in `folder`; None if it is not."""
+    """How model `index` is stored in `folder`: "sharded", "full", or None if it is not."""
     if (folder / MODEL_FOLDER.format(index) / ".metadata").is_file():
         return "sharded"
     return "full" if model_file(folder, index).is_file() else None
@@ -138,3 +138,8 @@ def present_optimizer_names(model: nn.Module, optimizer: Any) -> set[str]:
     """Names of the parameters that `optimizer` trains now."""
     trained = {id(param) for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
     return {_canonical(name) for name, param in model.named_parameters() if id(param) in trained}
+
+
+def loader_batch_sizes(loaders: list[Any]) -> list[int | None]:
+    """Rows per process and micro-step of prepared loaders, None for one that has no such number."""
+    return [getattr(getattr(loader, "batch_sampler", None), "batch_size", None) for loader in loaders]

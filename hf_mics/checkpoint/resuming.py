@@ -12,12 +12,19 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import nn
 
-from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer, say_what_moves
+from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer
 from hf_mics.checkpoint.contents import optimizer_class, present_optimizer_names, present_shapes, state_format
 from hf_mics.checkpoint.mark import Mark
 from hf_mics.checkpoint.saving import format_of, is_main, storage_for
 from hf_mics.checkpoint.together import main_decides, together
 from hf_mics.wrapping import class_name
+
+
+def _say_what_moves(mark: Mark | None, *, world_size: int, partition_size: int) -> str:
+    """One line about a checkpoint that comes from another layout; empty if it is the same."""
+    if mark is None or (mark.world_size, mark.partition_size) == (world_size, partition_size):
+        return ""
+    return f" (saved on {mark.layout} ranks, going on with {world_size // partition_size}x{partition_size})"
 
 
 def check_checkpoint(
@@ -45,7 +52,7 @@ def check_checkpoint(
     mark = main_decides(check)
     if is_main():
         topology = accelerator.topology
-        moved = say_what_moves(mark, world_size=topology.world_size, partition_size=topology.partition_size)
+        moved = _say_what_moves(mark, world_size=topology.world_size, partition_size=topology.partition_size)
         unmarked = "" if mark else " (without a completion mark, as plain accelerate saves it)"
         print(f"MiCS: resuming from {folder}{moved}{unmarked}", file=sys.stderr, flush=True)
     return mark

@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from hf_mics.checkpoint.check import loader_batch_sizes, missing_pieces
-from hf_mics.checkpoint.contents import model_note, optimizer_class, tied_names
+from hf_mics.checkpoint.check import missing_pieces
+from hf_mics.checkpoint.contents import loader_batch_sizes, model_note, optimizer_class, tied_names
 from hf_mics.checkpoint.folder import commit, discard, find_checkpoints, staging_folder, start_saving
 from hf_mics.checkpoint.mark import FORMAT_VERSION, Mark, StateFormat
 from hf_mics.checkpoint.storage import our_storage

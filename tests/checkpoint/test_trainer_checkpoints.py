@@ -26,6 +26,8 @@ from tests.test_accelerator import full_weights
 
 # As in test_save_and_load.py: ten times fp32 rounding a step, over 8 steps.
 TOLERANCE = 1e-5
+# It draws from the random stream that dropout uses, so runs that are compared share it.
+EVALUATION: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2}
 
 
 class Tokens:
@@ -51,7 +53,7 @@ def train_and_save(folder: str) -> dict[str, Any]:
     for form in ("sharded", "full"):
         trainer = make_trainer(
             root / form, state_format=form, dropout=0.1, save_total_limit=2, load_best_model_at_end=True,
-            eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=2, metric_for_best_model="loss",
+            metric_for_best_model="loss", **EVALUATION,
         )  # fmt: skip
         trainer.processing_class = Tokens()
         trainer.train()
@@ -67,7 +69,7 @@ def train_and_save(folder: str) -> dict[str, Any]:
     moving.train()
     result["moving"] = {"losses": losses(moving), "weights": full_weights(moving.model)}
 
-    stopped = make_trainer(root / "stopped", dropout=0.1, callbacks=[KillAt(4)], save_strategy="no")
+    stopped = make_trainer(root / "stopped", dropout=0.1, callbacks=[KillAt(4)], save_strategy="no", **EVALUATION)
     former = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
         stopped.train()
@@ -79,13 +81,13 @@ def train_and_save(folder: str) -> dict[str, Any]:
 def resume_on_4(folder: str) -> dict[str, Any]:
     root, result = Path(folder), {}
     for form in ("sharded", "full"):
-        trainer = make_trainer(root / form, state_format=form, dropout=0.1)
+        trainer = make_trainer(root / f"{form}_again", state_format=form, dropout=0.1, **EVALUATION)
         trainer.train(resume_from_checkpoint=str(root / form / "checkpoint-8"))
         result[form] = {"losses": losses(trainer), "weights": full_weights(trainer.model)}
-    trainer = make_trainer(root / "stopped", dropout=0.1, save_strategy="no")
+    trainer = make_trainer(root / "stopped", dropout=0.1, save_strategy="no", **EVALUATION)
     trainer.train(resume_from_checkpoint=True)
     result["stopped"] = losses(trainer)
-    trainer = make_trainer(root / "moving", partition=4, state_format="full")
+    trainer = make_trainer(root / "moved", partition=4, state_format="full")
     trainer.train(resume_from_checkpoint=str(root / "moving" / "checkpoint-4"))
     result["moved"] = losses(trainer)[4:]
     result["refused"] = refusals(root)
@@ -116,7 +118,7 @@ def refusals(root: Path) -> dict[str, str]:
 
 
 def resume_moved(folder: str) -> list[float]:
-    trainer = make_trainer(Path(folder) / "moving", partition=dist.get_world_size())
+    trainer = make_trainer(Path(folder) / "moved", partition=dist.get_world_size())
     trainer.train(resume_from_checkpoint=str(Path(folder) / "moving" / "checkpoint-4"))
     return losses(trainer)[4:]
 
@@ -191,7 +193,7 @@ def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
 
 def train_adapters(folder: str) -> dict[str, Any]:
     def make(output_dir: str) -> Any:
-        model = tiny.gpt2()
+        model = tiny.build("gpt2")
         config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
         torch.manual_seed(1)
         return make_trainer(output_dir, model=get_peft_model(model, config), max_steps=8)
