@@ -131,8 +131,9 @@ class MiCSAccelerator(StockAccelerator):
     def should_stop(self) -> bool:
         """Whether SIGTERM has reached any rank; if so, save and end.
 
-        To be asked at the end of every optimizer step, on every rank. From the first call on SIGTERM no longer ends the
-        process by itself, until `end_training()`. All ranks get the same answer, from an all-reduce of one number.
+        To be asked once before the first optimizer step and at the end of each, on every rank. From the first call on
+        SIGTERM no longer ends the process by itself, until `end_training()`. All ranks get the same answer, from an
+        all-reduce of one number.
         """
         self._stop_request.listen()
         return self._stop_request.agreed(self.device)

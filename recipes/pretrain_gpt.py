@@ -202,6 +202,7 @@ def main() -> None:
     bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     losses, started_s = [], time.perf_counter()
     model.train()
+    accelerator.should_stop()  # from here on SIGTERM ends in a checkpoint, on every rank
     training = optimizer_steps(accelerator, model, optimizer, scheduler, train_loader, progress, args)
     for step_losses, grad_norm in training:
         bar.update()

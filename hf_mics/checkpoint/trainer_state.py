@@ -179,11 +179,8 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._device = trainer.accelerator.device
         self._request = StopRequest()
-        self._stopping = False
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Begins to listen."""
         self._request.listen()
+        self._stopping = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks for a checkpoint and the end of training; an evaluation that is due would use up the time left."""
