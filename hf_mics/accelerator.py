@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,10 @@ class MiCSAccelerator(StockAccelerator):
         # A second time: a Trainer's second train(), or its retry with a smaller batch.
         again = next((arg for arg in args if isinstance(arg, torch.nn.Module) and arg in _SHARDED), None)
         if again is None:
+            return_parameters = _remember_parameters(args)
             with replaced_preparation(shard_model, checkpoint_activations):
                 result = super()._prepare_fsdp2(*args)
+            return_parameters(result)
         else:
             result = prepare_beside_sharded(self, again, *args)
         for item in result:
@@ -198,6 +201,30 @@ class MiCSAccelerator(StockAccelerator):
 
 # Models that a MiCSAccelerator has prepared.
 _SHARDED: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def _remember_parameters(args: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
+    """Returns what gives the optimizers among `args` the model's parameters again, by their place in the model.
+
+    Accelerate tells old parameters apart by `data_ptr`, which is 0 for all on the meta device: there it hands every
+    optimizer one parameter many times over (accelerate 1.15), and the others are never trained.
+    """
+    places = {id(param): place for place, param in enumerate(_parameters(args))}
+    optimizers = [item for item in args if isinstance(item, torch.optim.Optimizer)]
+    wanted = [[[places.get(id(param)) for param in group["params"]] for group in o.param_groups] for o in optimizers]
+
+    def give_back(result: Sequence[Any]) -> None:
+        params = _parameters(result)
+        for optimizer, of_groups in zip(optimizers, wanted, strict=True):
+            for group, of_group in zip(optimizer.param_groups, of_groups, strict=True):
+                found = zip(group["params"], of_group, strict=True)
+                group["params"] = [param if place is None else params[place] for param, place in found]
+
+    return give_back
+
+
+def _parameters(items: Sequence[Any]) -> list[torch.nn.Parameter]:
+    return [param for item in items if isinstance(item, torch.nn.Module) for param in item.parameters()]
 
 
 def _choose_plugin(mics_plugin: MiCSPlugin | None, fsdp_plugin: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:

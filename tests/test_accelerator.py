@@ -260,9 +260,18 @@ def check_meta_and_refusals() -> dict[str, Any]:
     accelerator = fresh_accelerator()
     with torch.device("cpu" if accelerator.is_main_process else "meta"):
         model = tiny.build("llama")
-    model, *_ = accelerator.prepare(model, make_optimizer(model))
+    model, optimizer, batches = accelerator.prepare(model, make_optimizer(model), loader())
     seen["from meta"] = full_weights(model)
     seen["rotary"] = model.model.rotary_emb.inv_freq.clone()
+    loop(accelerator, model, optimizer, batches, epochs=1)
+    seen["trained from meta"] = full_weights(model)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = fresh_accelerator()
+    model = tiny.build("llama")
+    model, optimizer, batches = accelerator.prepare(model, make_optimizer(model), loader())
+    loop(accelerator, model, optimizer, batches, epochs=1)
+    seen["trained"] = full_weights(model)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ConfigError, match="given to accelerate's own Accelerator"):
@@ -294,6 +303,8 @@ def test_ranks_on_meta_get_rank_0s_weights_and_misuse_is_told() -> None:
     for rank, result in enumerate(seen):
         assert largest_difference(result["from meta"], dict(reference.named_parameters())) == 0.0
         assert torch.equal(result["rotary"], reference.model.rotary_emb.inv_freq)
+        assert largest_difference(result["trained from meta"], result["trained"]) == 0.0
+        assert largest_difference(result["trained"], result["from meta"]) > 0.0
         assert result["hop 2 per micro-step"] == 10
         assert len(result["warned"]) == (rank == 0)
         assert result["second"]
