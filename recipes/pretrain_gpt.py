@@ -25,30 +25,21 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_co
 
 from hf_mics import MiCSAccelerator
 from hf_mics.errors import ConfigError
-from hf_mics.presets import find_preset, load_model_config
+from hf_mics.pretraining.blocks import BlockArguments, Blocks, build_model, prepare_blocks
 from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
 from hf_mics.pretraining.metrics import load_metric
 from hf_mics.pretraining.plot import plot_losses
-from hf_mics.pretraining.ranks import broadcast_from_main, main_process_first
-from hf_mics.pretraining.text import TextArguments, iterate_documents, load_text, pack
-from hf_mics.pretraining.tokenization import load_or_train_tokenizer
+from hf_mics.pretraining.ranks import broadcast_from_main
+from hf_mics.pretraining.text import TextArguments
 from hf_mics.throughput import flops_per_token, throughput_metrics
 
 
 @dataclass(kw_only=True)
-class PretrainArguments:
+class PretrainArguments(BlockArguments):
     """What to train, for how long, and where it goes. Every size is per process unless it says otherwise."""
 
     output_dir: str = field(default="runs/gpt", metadata={"help": "Model, tokenizer, plot, logs and checkpoints."})
     preset: str = field(default="gpt-tiny", metadata={"help": "A named model shape, see hf_mics/presets.py."})
-    model_config: str | None = field(
-        default=None, metadata={"help": "Instead: config.json, a folder with one, or a hub name; any causal model."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or hub name; default: train one."})
-    vocab_size: int | None = field(default=None, metadata={"help": "Of the trained one; default: the model's."})
-    block_size: int | None = field(
-        default=None, metadata={"help": "Tokens per sequence; default: the model's context."}
-    )
     max_steps: int = field(default=300, metadata={"help": "Optimizer steps, those of a resumed run included."})
     per_device_batch_size: int = field(default=4, metadata={"help": "Sequences per micro-step."})
     gradient_accumulation_steps: int = field(default=2, metadata={"help": "Micro-steps per optimizer step."})
@@ -58,7 +49,6 @@ class PretrainArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     logging_steps: int = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     eval_steps: int = field(default=100, metadata={"help": "Evaluate every so many optimizer steps, and at the end."})
-    max_eval_blocks: int = field(default=256, metadata={"help": "Sequences to evaluate on, all processes together."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many optimizer steps; 0: never."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint folder, or 'latest'."})
     report_to: str = field(default="tensorboard", metadata={"help": "Any tracker of Accelerate's, 'all' or 'none'."})
@@ -81,37 +71,23 @@ def evaluate(accelerator: MiCSAccelerator, model, loader: DataLoader, metric) ->
     return metric.compute() if accelerator.is_main_process else {}
 
 
-def load_data(args: PretrainArguments, text_args: TextArguments):
-    """Returns the model's configuration, the tokenizer, and the training and validation loaders."""
-    config = load_model_config(args.model_config) if args.model_config else find_preset(args.preset, "causal").config()
-    text = main_process_first(partial(load_text, text_args))
-    documents = iterate_documents(text["train"], text_args.text_column)
-    tokenizer = load_or_train_tokenizer(args.tokenizer, documents, "bpe", args.vocab_size or config.vocab_size)
-    config.vocab_size = max(config.vocab_size, len(tokenizer))
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-
-    block_size = args.block_size or config.max_position_embeddings
-    train, validation = (
-        main_process_first(partial(pack, text[split], tokenizer, block_size, text_args.text_column))
-        for split in ("train", "validation")
-    )
+def make_loaders(args: PretrainArguments, blocks: Blocks) -> tuple[DataLoader, DataLoader]:
+    """Returns the training and the validation loader."""
     make_loader = partial(DataLoader, batch_size=args.per_device_batch_size, collate_fn=default_data_collator)
-    if text_args.streaming:
-        train_loader = make_loader(train.shuffle(seed=args.seed, buffer_size=1000))
-    else:
-        # Its own generator: else iterating draws from the one that dropout uses, and a resumed run differs.
-        train_loader = make_loader(train, shuffle=True, generator=torch.Generator())
-    return config, tokenizer, block_size, train_loader, make_loader(validation.take(args.max_eval_blocks))
+    # Its own generator: else iterating draws from the one that dropout uses, and a resumed run differs.
+    order = (
+        {} if isinstance(blocks.train, datasets.IterableDataset) else {"shuffle": True, "generator": torch.Generator()}
+    )
+    return make_loader(blocks.train, **order), make_loader(blocks.validation)
 
 
-def build_optimizer(args: PretrainArguments, model):
+def build_optimizer(args: PretrainArguments, model, suitable_learning_rate: float):
     """Returns AdamW, which decays matrices but no norms and biases, and its schedule."""
-    preset_lr = 3e-4 if args.model_config else find_preset(args.preset, "causal").learning_rate
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate or preset_lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate or suitable_learning_rate, betas=(0.9, 0.95))
     return optimizer, get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
 
 
@@ -180,16 +156,18 @@ def main() -> None:
     if not accelerator.is_local_main_process:
         datasets.disable_progress_bars()
 
-    config, tokenizer, block_size, train_loader, validation_loader = load_data(args, text_args)
-    model = AutoModelForCausalLM.from_config(config)
+    blocks = prepare_blocks(args, text_args, "causal", args.seed)
+    train_loader, validation_loader = make_loaders(args, blocks)
+    model = build_model(AutoModelForCausalLM, blocks.config)
     model.loss_type = "ForCausalLM"  # transformers infers it from the class's name and warns about "GPT2LMHeadModel"
-    token_flops = flops_per_token(model.num_parameters(), config.num_hidden_layers, config.hidden_size, block_size)
-    optimizer, scheduler = build_optimizer(args, model)
+    depth, width = blocks.config.num_hidden_layers, blocks.config.hidden_size
+    token_flops = flops_per_token(model.num_parameters(), depth, width, blocks.block_size)
+    optimizer, scheduler = build_optimizer(args, model, blocks.learning_rate)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     validation_loader = accelerator.prepare(validation_loader)
     progress = Progress()
     accelerator.register_for_checkpointing(progress, scheduler)
-    accelerator.save_with_checkpoints(tokenizer)
+    accelerator.save_with_checkpoints(blocks.tokenizer)
     if resume_from:
         accelerator.load_state(str(resume_from))
         accelerator.print(f"Resumed from {resume_from} at step {progress.step}.", skipped, sep="\n")
@@ -198,7 +176,7 @@ def main() -> None:
     accelerator.init_trackers("logs", {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()})
 
     metric = load_metric("perplexity") if accelerator.is_main_process else None
-    micro_step_tokens = args.per_device_batch_size * block_size * accelerator.num_processes
+    micro_step_tokens = args.per_device_batch_size * blocks.block_size * accelerator.num_processes
     bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     losses, started_s = [], time.perf_counter()
     model.train()
@@ -240,7 +218,7 @@ def main() -> None:
             return
         losses, started_s = [], time.perf_counter()
     bar.close()
-    save(accelerator, model, tokenizer, progress, output_dir)
+    save(accelerator, model, blocks.tokenizer, progress, output_dir)
 
 
 if __name__ == "__main__":

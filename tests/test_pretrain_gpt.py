@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import string
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from hf_mics.checkpoint.folder import find_checkpoints
+from tests.recipes import ENVIRONMENT, ROOT, command, launch, launch_recipe, run_alone
 
-ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "pretrain_gpt.py"
 # 9 blocks on 4 ranks in batches of 1 are an epoch of 3 micro-steps: windows of 2 straddle every other epoch, and step 5
 # is in the middle of one.
 BLOCK_TOKENS, NUM_BLOCKS = 16, 9
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def command(*flags: str | Path | int) -> list[str]:
-    words = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-        *("--config_file", ROOT / "recipes/configs/cpu_2x2.yaml", ROOT / "recipes/pretrain_gpt.py", *flags),
-    ]
-    return list(map(str, words))
-
-
-def launch(*flags: str | Path | int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*flags), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +38,11 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     return [*flags, "--per_device_batch_size", 1, "--warmup_steps", 2, "--eval_steps", 5, "--logging_steps", 1]
 
 
+def logged(output_dir: Path, tag: str) -> list[float]:
+    (events,) = (output_dir / "logs").rglob("events*")
+    return [event.value for event in EventAccumulator(str(events)).Reload().Scalars(tag)]
+
+
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(output_dir / "model").state_dict()
 
@@ -61,14 +51,14 @@ def test_recipe_resumes_bit_equal_in_mid_epoch_and_saves_a_hugging_face_folder(
     common: list[str | Path], tmp_path: Path
 ):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    first = launch(*common, "--output_dir", whole, "--max_steps", 8, "--save_steps", 5)
+    first = launch(RECIPE, *common, "--output_dir", whole, "--max_steps", 8, "--save_steps", 5)
     assert first.returncode == 0, first.stderr[-4000:]
     assert "MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2" in first.stderr + first.stdout
     assert (whole / "loss.png").stat().st_size > 10_000
     assert list((whole / "logs").rglob("events*"))
 
     checkpoint = whole / "checkpoints" / "step_00000005"
-    second = launch(*common, "--output_dir", resumed, "--max_steps", 8, "--resume_from_checkpoint", checkpoint)
+    second = launch(RECIPE, *common, "--output_dir", resumed, "--max_steps", 8, "--resume_from_checkpoint", checkpoint)
     assert second.returncode == 0, second.stderr[-4000:]
     assert "at step 5" in second.stdout
     expected, found = weights(whole), weights(resumed)
@@ -85,7 +75,7 @@ def test_sigterm_to_the_launcher_saves_at_the_end_of_the_step_on_all_ranks(commo
     log = tmp_path / "log.txt"
     flags = [*common, "--output_dir", tmp_path, "--max_steps", 100_000, "--report_to", "none", "--eval_steps", 100_000]
     with log.open("w") as output:
-        job = subprocess.Popen(command(*flags), env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen(command(RECIPE, *flags), env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 150
         while not re.search(r"[1-9]\d*/100000", log.read_text()):
@@ -108,8 +98,34 @@ def test_sigterm_to_the_launcher_saves_at_the_end_of_the_step_on_all_ranks(commo
     assert AutoTokenizer.from_pretrained(said[2]).eos_token_id is not None
 
 
+def test_four_ranks_train_like_one_process_with_hop_2_once_per_optimizer_step(common: list[str | Path], tmp_path: Path):
+    """Without dropout, and on 12 blocks: 3 micro-steps an epoch on 4 ranks, with no block twice to fill them up."""
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    GPT2Config(
+        vocab_size=300, n_positions=BLOCK_TOKENS, n_embd=12, n_layer=2, n_head=2, **no_dropout, **ids
+    ).save_pretrained(tmp_path)
+    (tmp_path / "train.txt").write_text((string.ascii_letters * 4)[: BLOCK_TOKENS * 12 - 1])
+    flags = [*common, "--model_config", tmp_path, "--train_file", tmp_path / "train.txt", "--max_steps", 5]
+    ours, alone = tmp_path / "ours", tmp_path / "alone"
+    counts = launch_recipe(
+        *("pretrain_gpt.py", tmp_path / "report", *flags, "--output_dir", ours, "--gradient_accumulation_steps", 2)
+    )
+    for of_rank in counts:
+        assert of_rank["all_reduce/replication"] == 5 * of_rank["units"]
+        assert of_rank["reduce_scatter/partition"] == 10 * of_rank["units"]
+    run_alone("pretrain_gpt.py", *flags, "--output_dir", alone, "--gradient_accumulation_steps", 8)
+    # fp32 sums over 120 tokens in another order: relative 120 x 2^-24 = 7e-6 at worst in a gradient, no more in AdamW's
+    # steps, but for weights without any effect, whose gradients are rounding alone.
+    for tag in ("train/loss_nats_per_token", "validation/loss_nats_per_token"):
+        assert logged(ours, tag) == pytest.approx(logged(alone, tag), rel=2e-5), tag
+    losses = logged(ours, "train/loss_nats_per_token")
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+
+
 def test_bad_input_is_the_same_clear_error_on_every_rank(common: list[str | Path], tmp_path: Path):
-    result = launch(*common, "--output_dir", tmp_path, "--max_steps", 2, "--block_size", 4096)
+    result = launch(RECIPE, *common, "--output_dir", tmp_path, "--max_steps", 2, "--block_size", 4096)
     assert result.returncode != 0
-    expected = "ConfigError: Blocks longer than the corpus: expected at least one block of 4096 tokens, got 144"
+    expected = "ConfigError: Blocks longer than the model's context: expected a --block_size of at most 16, got 4096"
     assert result.stderr.count(expected) == 4

@@ -1,0 +1,40 @@
+"""What does a Trainer recipe leave behind? A Hugging Face folder, a picture of the loss, and the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import Trainer
+
+from hf_mics.pretraining.plot import plot_losses
+
+
+def finish(trainer: Trainer, title: str, per: str) -> dict[str, float]:
+    """Evaluates, and writes below the Trainer's output folder what a run has to show.
+
+    `model/` is a folder that `from_pretrained` loads, tokenizer included; `loss.png`; `eval_results.json` holds the
+    last evaluation, `trainer_state.json` all that was logged. A collective call: every rank must make it.
+
+    Args:
+        title: of the picture.
+        per: what a loss is the mean of, "token" for example.
+
+    Returns:
+        The last evaluation's metrics.
+    """
+    metrics = trainer.evaluate()
+    output_dir = Path(trainer.args.output_dir or ".")
+    trainer.save_model(str(output_dir / "model"))
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        log = trainer.state.log_history
+        train, validation = (
+            [(entry["step"], entry[key]) for entry in log if key in entry] for key in ("loss", "eval_loss")
+        )
+        plot_losses(train, validation, output_dir / "loss.png", title, per)
+        if train:
+            (first_step, first), (last_step, last) = train[0], train[-1]
+            print(f"Training loss in nats per {per}: {first:.3f} (step {first_step}), {last:.3f} (step {last_step})")
+        print(f"Model: {output_dir / 'model'}\nPlot: {output_dir / 'loss.png'}")
+    return metrics

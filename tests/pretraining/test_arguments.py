@@ -1,0 +1,41 @@
+"""Do the recipes' defaults hold, and can every one of them be set on the command line?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_mics.pretraining.arguments import RecipeArguments
+
+
+def parse(tmp_path: Path, *flags: str) -> RecipeArguments:
+    (arguments,) = HfArgumentParser(RecipeArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), *flags]
+    )
+    return arguments
+
+
+def test_logs_go_to_tensorboard_and_cpus_are_used_only_where_there_is_nothing_else(tmp_path: Path):
+    arguments = parse(tmp_path)
+    assert isinstance(arguments, TrainingArguments)
+    assert arguments.report_to == ["tensorboard"]
+    assert arguments.use_cpu == (not torch.accelerator.is_available())
+    assert arguments.dataloader_pin_memory == torch.accelerator.is_available()
+
+
+def test_defaults_can_be_set(tmp_path: Path):
+    arguments = parse(tmp_path, "--report_to", "none", "--gradient_accumulation_steps", "7", "--warmup_steps", "3")
+    assert arguments.report_to == []
+    assert (arguments.gradient_accumulation_steps, arguments.get_warmup_steps(100)) == (7, 3)
+    assert parse(tmp_path).get_warmup_steps(100) == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), None), (("latest",), True), (("a/checkpoint-5",), "a/checkpoint-5")]
+)
+def test_latest_is_the_newest_complete_checkpoint(tmp_path: Path, flags: tuple[str, ...], expected: str | bool | None):
+    arguments = parse(tmp_path, *(("--resume_from_checkpoint", *flags) if flags else ()))
+    assert arguments.resume_from == expected

@@ -1,0 +1,132 @@
+"""Do model, tokenizer and blocks fit each other, for every kind of model, and are misfits refused at once?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    GPT2Config,
+    MambaConfig,
+    RobertaConfig,
+)
+
+from hf_mics.errors import ConfigError
+from hf_mics.pretraining.blocks import BlockArguments, build_model, context_length, prepare_blocks
+from hf_mics.pretraining.masking import MaskingArguments, masking_collator
+from hf_mics.pretraining.text import TextArguments
+from hf_mics.pretraining.tokenization import train_byte_level_bpe
+
+LINES = [f"Sentence number {number} has a few words in it." for number in range(60)]
+TINY = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    return {"train_file": [str(tmp_path / "a.txt")]}
+
+
+def prepare(text: dict, task: str, config, folder: Path, streaming: bool = False, **flags):
+    config.save_pretrained(folder / "config")
+    arguments = BlockArguments(preset="none", model_config=str(folder / "config"), **flags)
+    return prepare_blocks(arguments, TextArguments(**text, streaming=streaming), task, seed=0)
+
+
+def test_a_masked_model_gets_a_wordpiece_tokenizer_and_its_padding(text, tmp_path: Path):
+    blocks = prepare(text, "masked", BertConfig(vocab_size=300, max_position_embeddings=16, **TINY), tmp_path)
+    assert blocks.tokenizer.mask_token == "[MASK]"
+    assert (blocks.config.pad_token_id, blocks.config.vocab_size) == (blocks.tokenizer.pad_token_id, 300)
+    assert blocks.block_size == blocks.tokenizer.model_max_length == len(blocks.train[0]["input_ids"]) == 16
+    assert blocks.learning_rate == 1e-4
+
+
+def test_end_of_text_that_doubles_as_padding_is_trained_like_any_token(text, tmp_path: Path):
+    """Llama and others never train the embedding of `pad_token_id`."""
+    blocks = prepare(text, "causal", GPT2Config(vocab_size=300, n_positions=16, n_embd=12, n_head=2), tmp_path)
+    assert blocks.tokenizer.pad_token_id == blocks.tokenizer.eos_token_id == blocks.config.eos_token_id
+    assert blocks.config.pad_token_id is None
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_grows(text, tmp_path: Path):
+    tokenizer = train_byte_level_bpe(LINES, 290)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = GPT2Config(vocab_size=100, n_positions=16, n_embd=12, n_head=2)
+    blocks = prepare(text, "causal", config, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
+    assert blocks.config.vocab_size == len(tokenizer) > 256
+
+
+def test_a_stream_is_evaluated_on_rows_that_were_read_once(text, tmp_path: Path):
+    config = BertConfig(vocab_size=300, max_position_embeddings=16, **TINY)
+    streamed = prepare({**text, "validation_documents": 20}, "masked", config, tmp_path, True, max_eval_blocks=3)
+    assert isinstance(streamed.train, IterableDataset)
+    assert isinstance(streamed.validation, Dataset)
+    assert len(streamed.validation) == 3
+
+
+def test_roberta_trains_on_all_the_positions_it_has_and_no_more(text, tmp_path: Path):
+    """Its positions start after that of padding; one token too many would be outside the embedding."""
+    blocks = prepare(text, "masked", RobertaConfig(vocab_size=300, max_position_embeddings=18, **TINY), tmp_path)
+    assert blocks.block_size == 18 - blocks.tokenizer.pad_token_id - 1
+    collator = masking_collator(blocks.tokenizer, MaskingArguments(), 0)
+    model = build_model(AutoModelForMaskedLM, blocks.config)
+    batch = collator(list(blocks.train.take(2)))
+    assert torch.isfinite(model(**batch).loss)
+    batch["input_ids"] = torch.cat([batch["input_ids"], batch["input_ids"][:, -1:]], dim=1)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=batch["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (BertConfig(max_position_embeddings=512), 512),
+        (GPT2Config(n_positions=1024), 1024),
+        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (AutoConfig.for_model("xlm-roberta", max_position_embeddings=514, pad_token_id=1), 512),
+        (MambaConfig(), None),
+    ],
+)
+def test_context_lengths(config, expected: int | None):
+    assert context_length(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "flags", "expected"),
+    [
+        ("masked", BertConfig(max_position_embeddings=16), {"block_size": 17}, r"context: .*at most 16, got 17"),
+        ("causal", MambaConfig(), {}, r"'mamba' model has no longest sequence.*--block_size"),
+        ("masked", BertConfig(max_position_embeddings=16), {"block_size": 2}, r"block_size must be at least 3.*got 2"),
+        ("masked", BertConfig(), {"vocab_size": 10}, r"at least 257 tokens.*got 10"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(text, tmp_path: Path, task: str, config, flags: dict, expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        prepare(text, task, config, tmp_path, **flags)
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(text, tmp_path: Path):
+    train_byte_level_bpe(LINES, 290).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match=r"No mask token.*<\|endoftext\|>.*--tokenizer"):
+        prepare(text, "masked", BertConfig(), tmp_path, tokenizer=str(tmp_path / "tokenizer"))
+
+
+def test_presets_of_another_task_and_no_blocks_to_evaluate_on_are_refused():
+    with pytest.raises(ConfigError, match=r"expected one of bert-tiny.*got 'gpt2'"):
+        prepare_blocks(BlockArguments(preset="gpt2"), TextArguments(), "masked", seed=0)
+    with pytest.raises(ConfigError, match=r"--max_eval_blocks must be at least 1, got 0"):
+        BlockArguments(preset="bert-tiny", max_eval_blocks=0)
+
+
+def test_a_model_without_the_head_is_refused():
+    with pytest.raises(ConfigError, match=r"A 'gpt2' model has no head for AutoModelForMaskedLM"):
+        build_model(AutoModelForMaskedLM, GPT2Config(n_embd=12, n_head=2, n_layer=1))
+    with pytest.raises(ConfigError, match=r"A 'vit' model has no head for AutoModelForCausalLM"):
+        build_model(AutoModelForCausalLM, AutoConfig.for_model("vit"))

@@ -1,0 +1,94 @@
+"""Does the BERT recipe train as one process does, and save what `from_pretrained` loads, launched as a user would?"""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
+
+from tests.recipes import history, largest_difference, launch, launch_recipe, run_alone, weights
+
+# 12 blocks on 4 ranks in batches of 1 are an epoch of 3 micro-steps: a window of 2 and one of 1. 5 blocks to evaluate
+# on leave three ranks without one in the second batch.
+BLOCK_TOKENS, NUM_BLOCKS, NUM_EVAL_BLOCKS = 16, 12, 5
+NUM_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path | float]:
+    folder = tmp_path_factory.mktemp("inputs")
+    BertConfig(
+        vocab_size=300,
+        max_position_embeddings=BLOCK_TOKENS,
+        hidden_size=15,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=29,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ).save_pretrained(folder)
+    for name, blocks, step in (("train", NUM_BLOCKS, 7), ("validation", NUM_EVAL_BLOCKS, 5)):
+        # One token a letter, and the separator; [CLS] and [SEP] frame every block.
+        letters = [string.ascii_lowercase[place * step % 26] for place in range(blocks * (BLOCK_TOKENS - 2) - 1)]
+        (folder / f"{name}.txt").write_text(" ".join(letters))
+    files = ("--train_file", folder / "train.txt", "--validation_file", folder / "validation.txt")
+    model = ("--model_config", folder, "--whole_word_mask", "--mask_probability", 0.3)
+    # SGD keeps differences in proportion to those of the gradients.
+    training = ("--optim", "sgd", "--learning_rate", 0.5, "--max_steps", NUM_STEPS, "--save_strategy", "no")
+    logs = ("--logging_steps", 1, "--eval_steps", 2, "--per_device_eval_batch_size", 1, "--disable_tqdm", "true")
+    return [*files, *model, *training, *logs]
+
+
+def test_four_ranks_train_like_one_process_with_hop_2_once_per_optimizer_step(
+    common: list[str | Path | float], tmp_path: Path
+):
+    ours, alone = tmp_path / "ours", tmp_path / "alone"
+    counts = launch_recipe(
+        *("pretrain_bert.py", tmp_path / "report", *common, "--output_dir", ours),
+        *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
+    )
+    for of_rank in counts:
+        assert of_rank["all_reduce/replication"] == NUM_STEPS * of_rank["units"]
+        assert of_rank["reduce_scatter/partition"] == 6 * of_rank["units"]
+    run_alone(
+        *("pretrain_bert.py", *common, "--output_dir", alone, "--report_to", "none"),
+        *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8),
+    )
+    # fp32 sums of about 50 masked tokens in another order: relative 50 x 2^-24 = 3e-6 at worst, and 4 steps of it.
+    for key in ("loss", "eval_loss_nats_per_token", "grad_norm"):
+        assert history(ours, key) == pytest.approx(history(alone, key), rel=1e-5), key
+    assert len(history(ours, "loss")) == NUM_STEPS
+    assert history(ours, "loss")[-1] < history(ours, "loss")[0]
+    assert history(ours, "eval_masked_accuracy") == history(alone, "eval_masked_accuracy")
+    assert largest_difference(*(weights(of, AutoModelForMaskedLM) for of in (ours, alone))) < 1e-5
+
+    model, tokenizer = (load.from_pretrained(ours / "model") for load in (AutoModelForMaskedLM, AutoTokenizer))
+    with torch.no_grad():
+        logits = model(**tokenizer("a b [MASK] d", return_tensors="pt")).logits
+    assert logits.shape == (1, 6, 300)
+    assert tokenizer.model_max_length == BLOCK_TOKENS
+    assert (ours / "loss.png").stat().st_size > 10_000
+    assert list((ours / "runs").rglob("events*"))
+    results = json.loads((ours / "eval_results.json").read_text())
+    assert {"eval_masked_accuracy", "eval_most_frequent_token_accuracy", "eval_perplexity"} <= results.keys()
+
+
+def test_streamed_text_trains_and_masks_it_anew(common: list[str | Path | float], tmp_path: Path):
+    """More steps than the stream has blocks for: it is gone through again."""
+    result = launch(
+        *("recipes/pretrain_bert.py", *common, "--output_dir", tmp_path, "--streaming", "--report_to", "none"),
+        *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--max_steps", 5),
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(history(tmp_path, "loss")) == 5
+    assert len(history(tmp_path, "eval_perplexity")) == 3
+
+
+def test_bad_input_is_the_same_clear_error_on_every_rank(common: list[str | Path | float], tmp_path: Path):
+    result = launch("recipes/pretrain_bert.py", *common, "--output_dir", tmp_path, "--text_column", "body")
+    assert result.returncode != 0
+    assert result.stderr.count("ConfigError: No column 'body' in the train split") == 4
