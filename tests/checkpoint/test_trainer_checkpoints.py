@@ -44,7 +44,7 @@ class KillAt(TrainerCallback):
         self.step = step
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step and dist.get_rank() == 1:
+        if state.global_step == self.step and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 

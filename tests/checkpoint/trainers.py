@@ -21,11 +21,15 @@ ROWS, GLOBAL_BATCH, ACCUMULATION = 88, 8, 2
 
 
 def make_trainer(
-    output_dir: str | Path, *, partition: int = 2, state_format: str = "sharded", model: nn.Module | None = None,
-    dropout: float = 0.0, callbacks: Any = None, **settings: Any,
+    output_dir: str | Path, *, partition: int | None = None, state_format: str = "sharded",
+    model: nn.Module | None = None, dropout: float = 0.0, callbacks: Any = None, **settings: Any,
 ) -> Trainer:  # fmt: skip
-    """A Trainer over tiny GPT-2 whose accelerator is under MiCS; `settings` go to TrainingArguments."""
+    """A Trainer over tiny GPT-2 whose accelerator is under MiCS, in groups of `partition`, or of 2 where there are 2.
+
+    `settings` go to TrainingArguments.
+    """
     world = dist.get_world_size()
+    partition = partition or min(2, world)
     os.environ.update(
         ACCELERATE_USE_CPU="true",
         ACCELERATE_USE_FSDP="true",
