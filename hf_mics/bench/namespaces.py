@@ -59,11 +59,11 @@ def require_kernel_access() -> None:
             f"a virtual cluster needs root, to make network namespaces: expected user id 0, got {os.geteuid()}. "
             "Run it under sudo, or in a container started with --cap-add NET_ADMIN --cap-add SYS_ADMIN."
         )
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    missing = [tool for tool in ("ip", "tc", "unshare", "hostname") if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
-            f"a virtual cluster needs iproute2: `{'` and `'.join(missing)}` not found on PATH. Install it "
-            "(Debian and Ubuntu: apt-get install iproute2)."
+            f"a virtual cluster needs iproute2, util-linux and hostname: `{'`, `'.join(missing)}` not found on PATH. "
+            "Install them (Debian and Ubuntu: apt-get install iproute2 util-linux hostname)."
         )
 
 
@@ -160,8 +160,9 @@ def pids(namespace: str) -> list[int]:
 
 
 def inside(namespace: str, command: list[str]) -> list[str]:
-    """`command`, to be run inside the namespace; /sys shows its interfaces there."""
-    return ["ip", "netns", "exec", namespace, *command]
+    """`command`, to be run inside the namespace; /sys shows its interfaces there, and its host name is the node's."""
+    named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', namespace]
+    return ["ip", "netns", "exec", namespace, *named, *command]
 
 
 def _qdiscs(namespace: str, interface: str) -> list[dict[str, Any]]:

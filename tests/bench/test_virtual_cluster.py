@@ -139,13 +139,17 @@ def test_a_cut_link_carries_nothing_until_it_is_restored(cluster: VirtualCluster
 
 @needs_root
 def test_launch_runs_one_process_per_node_and_captures_what_it_says(cluster: VirtualCluster):
-    code = "import os, sys; print(sys.argv[1], os.environ['GLOO_SOCKET_IFNAME'], os.environ['EXTRA']); sys.exit({})"
+    code = (
+        "import os, socket, sys; print(sys.argv[1], os.environ['GLOO_SOCKET_IFNAME'], os.environ['EXTRA'], "
+        "socket.gethostname()); sys.exit({})"
+    )
     results = cluster.launch(
         lambda node: [sys.executable, "-c", code.format(node * 3), cluster.addresses[node]],
         env={"EXTRA": "x"},
         timeout_s=20,
     )
-    assert [r.stdout for r in results] == ["10.77.0.1 eth0 x\n", "10.77.0.2 eth0 x\n"]
+    hosts = [f"{cluster.name}-node{node}" for node in (0, 1)]
+    assert [r.stdout for r in results] == [f"10.77.0.1 eth0 x {hosts[0]}\n", f"10.77.0.2 eth0 x {hosts[1]}\n"]
     assert [(r.node, r.returncode, r.timed_out) for r in results] == [(0, 0, False), (1, 3, False)]
     with pytest.raises(MiCSError, match="node 1 exited 3"):
         require_success(results)
@@ -342,5 +346,7 @@ def test_without_root_or_iproute2_the_refusal_says_what_is_missing(monkeypatch: 
         VirtualCluster(2).up()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="iproute2: `ip` and `tc` not found.*apt-get install iproute2"):
+    with pytest.raises(
+        ConfigError, match="iproute2.*`ip`, `tc`, `unshare`, `hostname` not found.*apt-get install iproute2"
+    ):
         VirtualCluster(2).up()
