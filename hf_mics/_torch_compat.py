@@ -8,7 +8,7 @@ A torch that lacks one of them fails here, at attach time, with its version in t
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -344,6 +344,26 @@ _COLLECTIVES = {
     "UNKNOWN": "reduce_scatter",  # gloo leaves its reduce-scatter unnamed
     "ALLREDUCE": "all_reduce",
 }
+
+
+def inherit_timeout(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
+    """Gives `groups` the timeout of the job's own group, which the user chose.
+
+    torch gives every subgroup the backend's default instead (gloo 30 minutes, NCCL 10), those of a DeviceMesh included:
+    a job whose timeout is a minute would wait half an hour for a node that lost its power.
+    """
+    timeout = _timeout(dist.distributed_c10d._get_default_group(), device)
+    for group in groups:
+        if timeout is not None and _timeout(group, device) not in (None, timeout):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> Any:
+    try:
+        # A fake group and other backends have no options.
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def in_backward() -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_mics._torch_compat import Unit, find_units
+from hf_mics._torch_compat import Unit, find_units, inherit_timeout
 from hf_mics.collectives import MiCSAllGather, MiCSReduceScatter
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.hop2 import ReplicationGroup
@@ -155,6 +155,8 @@ def apply_mics(
             f"({mesh}). Tensor, pipeline and context parallelism cannot be combined with hf_mics."
         )
     groups = hop_groups(mesh, shard_axis, topology, hierarchical=hierarchical)
+    used = {groups.partition, groups.inter_node, groups.intra_node, *(unit.replication_group for unit in units)}
+    inherit_timeout([group for group in used if group is not None], units[0].device)
     model.__dict__[_ENGINE] = MiCSEngine(model, units, groups, hierarchical=hierarchical, wire=gradient_wire_dtype)
     return model
 

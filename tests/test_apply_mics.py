@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,26 @@ def test_node_sizes_that_differ_between_ranks_are_refused_on_all_of_them():
 
 def test_the_saved_models_are_not_fetched_from_the_hub(saved: dict[str, str]):
     assert all((Path(folder) / "model.safetensors").exists() for folder in saved.values())
+
+
+# -- timeouts ----------------------------------------------------------------------------------------------------------
+
+
+@on_ranks(TWO_REPLICAS, SPANNING)
+def test_every_group_has_the_timeout_that_the_user_gave_the_job(layout: Layout):
+    def timeout_of(group: Any) -> timedelta:
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    usual = timeout_of(dist.group.WORLD)
+    assert timeout_of(dist.new_group()) == usual
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=77))
+    try:
+        assert timeout_of(dist.new_group()) == timedelta(minutes=30), "torch's subgroups do not follow the job's"
+        pair = Pair(layout)
+        for unit in pair.engine.units:
+            groups = unit._group._all_gather_comm._groups
+            used = [unit.replication_group.inner, groups.partition, groups.inter_node, groups.intra_node]
+            assert {timeout_of(group) for group in used if group is not None} == {timedelta(seconds=77)}
+    finally:
+        dist.distributed_c10d._set_pg_timeout(usual)
+        Pair(layout)  # the groups are cached: gives them the usual timeout back
