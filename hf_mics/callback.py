@@ -55,7 +55,7 @@ class MiCSCallback(TrainerCallback):
         self._trainer: ReferenceType[Trainer] | None = None
         # Whether MiCS comes and goes with this callback, rather than with the runner.
         self._owns_mics = True
-        self._run: _Run | None = None
+        self._run: TrainRun | None = None
         self._figures: dict[str, float] = {}
         run_constructors_inside(_around_construction)
 
@@ -118,7 +118,7 @@ class MiCSCallback(TrainerCallback):
             )
         if not is_under_mics(model):
             self._apply(model, args)
-        self._run = _Run(model, trainer.accelerator)
+        self._run = TrainRun(model, trainer.accelerator)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Starts a window."""
@@ -193,18 +193,25 @@ class MiCSCallback(TrainerCallback):
             self._run = None
 
 
-class _Run:
-    """What one `train()` needs, from its beginning to its end."""
+class TrainRun:
+    """What the callback does in one `train()`, from its beginning to `close`.
+
+    Args:
+        model: under MiCS.
+        accelerator: whose `backward` the losses pass through.
+    """
 
     def __init__(self, model: nn.Module, accelerator: Any) -> None:
         self.meter = TrainingMeter(model, mics_engine(model))
         self.losses = LossWatch(accelerator)
 
     def begin_step(self) -> None:
+        """Call before the first micro-step of a window."""
         self.meter.begin_step()
         self.losses.begin_window()
 
     def check_loss(self, step: int) -> None:
+        """Call before optimizer step number `step`; a collective. Raises LossError if a loss was not finite."""
         bad = self.losses.first_bad()
         if bad is None:
             return
@@ -218,6 +225,7 @@ class _Run:
         )
 
     def close(self) -> None:
+        """Takes everything off the model and the accelerator."""
         self.meter.close()
         self.losses.close()
 
