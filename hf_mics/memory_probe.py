@@ -12,7 +12,7 @@ a kernel that keeps no matrix of scores, as on GPUs of the Ampere generation or 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -81,10 +81,49 @@ def probe_memory(workload: Workload, topology: Topology, *, hierarchical: bool =
     Raises:
         ConfigError: CPU offload, which the tracker cannot tell from the GPU; or inside a distributed job.
     """
+    return _highest(_phases_at_depth(workload, topology, hierarchical=hierarchical))
+
+
+def probe_partition_sizes(
+    workload: Workload, topologies: Sequence[Topology], *, hierarchical: bool = True
+) -> dict[int, Probe]:
+    """`probe_memory` for several partition sizes.
+
+    What a GPU holds is a constant and a part that is 1 / partition size, but for padding, so sizes between the smallest
+    and the largest are interpolated: apart for groups inside a node and for groups that span nodes, whose collectives
+    have buffers of their own.
+
+    Raises:
+        ConfigError: as `probe_memory`.
+    """
+    found: dict[int, Probe] = {}
+    for spanning in (False, True):
+        sizes = {t.partition_size: t for t in topologies if t.is_hierarchical == spanning}
+        ends = {
+            p: _phases_at_depth(workload, sizes[p], hierarchical=hierarchical)
+            for p in sorted({min(sizes), max(sizes)} if sizes else ())
+        }
+        found |= {p: _highest(_between(ends, p)) for p in sizes}
+    return found
+
+
+def _between(ends: dict[int, Phases], partition_size: int) -> Phases:
+    small, large = min(ends), max(ends)
+    if small == large:
+        return ends[small]
+    share = (1 / partition_size - 1 / large) / (1 / small - 1 / large)
+    return {
+        name: {kind: size + share * (ends[small][name][kind] - size) for kind, size in kinds.items()}
+        for name, kinds in ends[large].items()
+    }
+
+
+def _phases_at_depth(workload: Workload, topology: Topology, *, hierarchical: bool) -> Phases:
+    """Every phase of the whole model, extrapolated from shallow ones."""
     model = workload.model
     depths = (model.num_layers, model.num_decoder_layers) if model.num_decoder_layers else (model.num_layers,)
     if max(depths) <= DEEPER:
-        return _highest(track_phases(workload, topology, hierarchical=hierarchical))
+        return track_phases(workload, topology, hierarchical=hierarchical)
 
     def run(at: tuple[int, ...]) -> Phases:
         return track_phases(workload, topology, hierarchical=hierarchical, depths=at)
@@ -95,7 +134,7 @@ def probe_memory(workload: Workload, topology: Topology, *, hierarchical: bool =
         if depth > SHALLOW:
             step = run((*base[:i], DEEPER, *base[i + 1 :]))
             phases = _add_layers(phases, start, step, layers=depth - SHALLOW)
-    return _highest(phases)
+    return phases
 
 
 def track_phases(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,9 +12,19 @@ from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster, require_positive
 from hf_mics.planning.launch_config import LaunchConfig
-from hf_mics.planning.memory import MEMORY_KINDS, Memory
+from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
 from hf_mics.planning.models import find_model
-from hf_mics.planning.plan import DEFAULT_RESERVE_BYTES, GB, MeasureMemory, Plan, Request, make_plan
+from hf_mics.planning.plan import (
+    DEFAULT_RESERVE_BYTES,
+    GB,
+    MeasureMemory,
+    Plan,
+    Request,
+    groups_of,
+    make_plan,
+    partition_sizes,
+    state_fits,
+)
 from hf_mics.planning.timing import System
 from hf_mics.planning.workload import OptimizerName, Precision, Workload
 from hf_mics.topology import Topology
@@ -87,15 +97,15 @@ def _request(options: argparse.Namespace) -> Request:
         activation_checkpointing=not options.no_activation_checkpointing,
         cpu_offload=options.cpu_offload,
     )
-    return Request(
+    request = Request(
         workload=workload,
         cluster=cluster,
         system=options.system,
         hierarchical=not options.flat,
         reserve_bytes=options.reserve * GB,
         price_per_hour=options.price_per_hour,
-        memory=_probing(hierarchical=not options.flat) if options.probe else None,
     )
+    return replace(request, memory=_probing(request)) if options.probe else request
 
 
 def _check_world_size(world_size: int | None, cluster: Cluster) -> None:
@@ -106,15 +116,21 @@ def _check_world_size(world_size: int | None, cluster: Cluster) -> None:
         )
 
 
-def _probing(*, hierarchical: bool) -> MeasureMemory:
-    from hf_mics.memory_probe import probe_memory
+def _probing(request: Request) -> MeasureMemory:
+    """Probes the sizes that can fit; where parameters and optimizer state alone do not, the closed form will do."""
+    from hf_mics.memory_probe import probe_partition_sizes
 
-    return partial(_probe, probe_memory, hierarchical)
+    sizes = partition_sizes(request.system, request.cluster)
+    topologies = [topology for p in sizes if state_fits(request, topology := groups_of(request.cluster, p))]
+    probes = probe_partition_sizes(request.workload, topologies, hierarchical=request.hierarchical)
 
+    def memory(workload: Workload, topology: Topology) -> Memory:
+        probe = probes.get(topology.partition_size)
+        if probe is None:
+            return peak_memory(workload, topology, hierarchical=request.hierarchical)
+        return Memory({kind: probe.memory_bytes.get(kind, 0.0) for kind in MEMORY_KINDS}, probe.phase)
 
-def _probe(probe_memory: object, hierarchical: bool, workload: Workload, topology: Topology) -> Memory:
-    found = probe_memory(workload, topology, hierarchical=hierarchical)  # type: ignore[operator]
-    return Memory({kind: found.memory_bytes.get(kind, 0.0) for kind in MEMORY_KINDS}, found.phase)
+    return memory
 
 
 def _config(plan: Plan) -> LaunchConfig:

@@ -127,13 +127,14 @@ class LayerActivations(NamedTuple):
 
     `input` is what activation checkpointing keeps, `saved` what is kept without it (or while the layer is recomputed),
     `backward` the gradients of activations on top of that at the worst moment of its backward, and `late` what is left
-    when only the attention's backward remains.
+    when the feed-forward, `ffn_share` of the parameters, has its gradients and only the attention's backward remains.
     """
 
     input: float
     saved: float
     backward: float
     late: float
+    ffn_share: float
 
 
 def layer_activations(workload: Workload, *, decoder: bool = False) -> LayerActivations:
@@ -159,8 +160,11 @@ def layer_activations(workload: Workload, *, decoder: bool = False) -> LayerActi
         backward = width * (h + 2 * f)
     else:
         return _t5_layer(workload, decoder)
-    late = width * (4 * h + 4 * a) + width * 2 * h
-    return LayerActivations(tokens * width * h, tokens * saved, tokens * backward, tokens * late)
+    attention = saved - width * (4 if m.family == "llama" else 5 if m.family == "gpt" else 2) * f
+    late = attention + width * (2 * h + (3 * f if m.family == "llama" else f))
+    products = (3 if m.family == "llama" else 2) * h * f
+    share = products / (products + 2 * h * a + 2 * h * kv)
+    return LayerActivations(tokens * width * h, tokens * saved, tokens * backward, tokens * late, share)
 
 
 def _t5_layer(workload: Workload, decoder: bool) -> LayerActivations:
@@ -178,7 +182,9 @@ def _t5_layer(workload: Workload, decoder: bool) -> LayerActivations:
     backward = tokens * width * (h + (3 * f if m.gated_ffn else 2 * f))
     late = tokens * (attentions * norm + width * (4 * attentions * a + 2 * h))
     late += tokens * width * m.num_heads * workload.seq_length + bias_saved
-    return LayerActivations(tokens * width * h, tokens * saved + bias_saved, backward, late)
+    products = (3 if m.gated_ffn else 2) * h * f
+    share = products / (products + 4 * attentions * h * a)
+    return LayerActivations(tokens * width * h, tokens * saved + bias_saved, backward, late, share)
 
 
 def _head_activations(workload: Workload) -> tuple[float, float]:
@@ -203,7 +209,6 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
     sums = shards.fp32() if accumulates else 0.0
     tied_gradient = float(width * m.vocab_size * m.hidden_size) if m.tied_embeddings else 0.0
     stays = shards.root if gathers else 0.0
-    small = 0.0 if m.num_layers > 1 else 1.0
     moments: dict[str, dict[Kind, float]] = {
         "loss": {
             "gradients": sums,
@@ -211,51 +216,55 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
             "communication": stays + (shards.head or shards.last_layer) if gathers else 0.0,
         },
         "end of backward": {
-            "gradients": (sums or shards.layers_fp32) + (3 * tied_gradient or 2 * shards.embedding),
-            "activations": kept * small,
-            "communication": (stays if gathers else shards.root)
-            + shards.first_layer
-            + (shards.embedding if gathers else 0.0)
-            + shards.embedding,
+            "gradients": (sums or shards.layers_fp32) + (3 * tied_gradient or shards.embedding),
+            "communication": (stays if gathers else shards.root) + shards.first_layer + shards.embedding,
         },
         "optimizer step": {"gradients": shards.fp32()},
     }
-    for name, layer, size, before, done in (
-        ("backward of the last layer", last, shards.last_layer, before_last - (kept_last if layers > 1 else 0.0), 0.0),
-        ("backward of the first layer", encoder, shards.first_layer, 0.0, shards.layers_fp32),
-    ):
-        moments |= _layer_moments(
-            name, layer, size, before, sums or done, tied_gradient, stays, shards, gathers=gathers
-        )
+    # Between the two, what is kept shrinks by a layer's activations and gradients grow by a layer's sums, evenly.
+    head_end = _Backward("backward of the last layer", last, shards.last_layer, shards.layer, before_last, sums)
+    tail_end = _Backward(
+        "backward of the first layer",
+        encoder,
+        shards.first_layer,
+        # The last to arrive is the embedding, where it is a unit of its own; the one before it was a layer.
+        max(shards.embedding, shards.layer),
+        0.0,
+        sums or shards.layers_fp32,
+    )
+    for backward in (head_end, tail_end):
+        moments |= backward.moments(tied_gradient, stays, shards, gathers=gathers)
     return moments
 
 
-def _layer_moments(
-    name: str,
-    layer: LayerActivations,
-    size: float,
-    before: float,
-    sums: float,
-    tied_gradient: float,
-    stays: float,
-    shards: _Shards,
-    *,
-    gathers: bool,
-) -> dict[str, dict[Kind, float]]:
-    """A layer's backward at three moments: all activations there; half done; all gradients there.
+class _Backward(NamedTuple):
+    """The backward of one layer: `size` gathered, `arriving` the next unit's, `before` what earlier layers keep."""
 
-    The layer is gathered, the next one arrives, and the former one's reduce-scatter has yet to end.
-    """
-    buffers = stays + (2 * size if gathers else 0.0) + size + shards.staging(size)
-    return {
-        f"{name}{when}": {
-            "gradients": sums + tied_gradient + gradients * size,
-            "activations": before + activations,
-            "communication": buffers,
+    name: str
+    layer: LayerActivations
+    size: float
+    arriving: float
+    before: float
+    sums: float
+
+    def moments(
+        self, tied_gradient: float, stays: float, shards: _Shards, *, gathers: bool
+    ) -> dict[str, dict[Kind, float]]:
+        """Three of them: all activations are there; the feed-forward is done; all gradients are there.
+
+        The layer is gathered, the next one arrives, and the former one's reduce-scatter has yet to end.
+        """
+        buffers = stays + (self.size + self.arriving if gathers else 0.0) + self.size + shards.staging(self.size)
+        layer = self.layer
+        return {
+            f"{self.name}{when}": {
+                "gradients": self.sums + tied_gradient + gradients * self.size,
+                "activations": self.before + activations,
+                "communication": buffers,
+            }
+            for when, gradients, activations in (
+                ("", 0.0, layer.saved + layer.backward),
+                (", attention", layer.ffn_share, layer.late),
+                (", end", 1.0, 2 * layer.input),
+            )
         }
-        for when, gradients, activations in (
-            ("", 0.0, layer.saved + layer.backward),
-            (", attention", 2 / 3, layer.late),
-            (", end", 1.0, 2 * layer.input),
-        )
-    }

@@ -191,10 +191,12 @@ def partition_sizes(system: System, cluster: Cluster) -> tuple[int, ...]:
 def assumptions(request: Request) -> list[str]:
     """What the numbers rest on and what they leave out, a line each."""
     workload = request.workload
-    probed = request.memory is not None
+    grade = "closed form"
+    if request.memory is not None:
+        grade = "FSDP2 run under fake tensors, closed form where parameters and optimizer state alone do not fit"
     return [
         *request.cluster.assumptions(),
-        f"memory: {'FSDP2 run under fake tensors at shallow depths' if probed else 'closed form'}, plus a reserve of "
+        f"memory: {grade}; plus a reserve of "
         f"{request.reserve_bytes / GB:.1f} GB for CUDA, NCCL and fragmentation; attention keeps no scores; without "
         "dropout, padding masks, and an optimizer that updates all tensors at once",
         f"{workload.precision} computation, fp32 parameters and {workload.optimizer} state, activation checkpointing "
@@ -204,12 +206,20 @@ def assumptions(request: Request) -> list[str]:
     ]
 
 
-def _topology(cluster: Cluster, partition_size: int) -> Topology:
+def groups_of(cluster: Cluster, partition_size: int) -> Topology:
+    """The groups of a partition size on a cluster."""
     return Topology(world_size=cluster.world_size, node_size=cluster.gpus_per_node, partition_size=partition_size)
 
 
+def state_fits(request: Request, topology: Topology) -> bool:
+    """Whether parameters and optimizer state alone, of which there is no doubt, leave anything for the rest."""
+    held = peak_memory(request.workload, topology, system=request.system).memory_bytes
+    available = request.cluster.accelerator.memory_bytes - request.reserve_bytes
+    return held["parameters"] + held["optimizer"] < available
+
+
 def _candidate(request: Request, partition_size: int) -> Candidate:
-    topology = _topology(request.cluster, partition_size)
+    topology = groups_of(request.cluster, partition_size)
     memory = request.measure(topology)
     available = request.cluster.accelerator.memory_bytes
     missing = memory.total_bytes + request.reserve_bytes - available
@@ -253,8 +263,8 @@ def _reason(request: Request, candidates: list[Candidate], choice: Candidate, ru
 
 def _would_change(request: Request, candidates: list[Candidate], choice: Candidate) -> Iterator[str]:
     available = request.cluster.accelerator.memory_bytes
-    smaller = [c for c in candidates if c.partition_size < choice.partition_size and not c.fits]
-    if smaller:
+    smaller = [c for c in candidates if c.partition_size < choice.partition_size]
+    if smaller and not any(candidate.fits for candidate in smaller):
         next_smaller = smaller[-1]
         missing = next_smaller.total_bytes - available
         yield f"{missing / GB:.1f} GB more on every GPU: {next_smaller.partition_size} would fit"
@@ -282,7 +292,7 @@ def _lighter(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 def _fitting_size(request: Request, partition_size: int) -> bool:
     """Whether it fits by the closed form, which is what changes are estimated with."""
-    topology = _topology(request.cluster, partition_size)
+    topology = groups_of(request.cluster, partition_size)
     memory = peak_memory(request.workload, topology, system=request.system, hierarchical=request.hierarchical)
     return memory.total_bytes + request.reserve_bytes <= request.cluster.accelerator.memory_bytes
 
