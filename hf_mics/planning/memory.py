@@ -179,7 +179,8 @@ def _t5_layer(workload: Workload, decoder: bool) -> LayerActivations:
     # The bias of positions is one for the whole batch; its gradient is not.
     bias = width * m.num_heads * workload.seq_length**2
     bias_saved = attentions * bias + (workload.seq_length**2 if decoder else 0)
-    backward = tokens * width * (h + (3 * f if m.gated_ffn else 2 * f))
+    # Of the gated feed-forward's eight tensors, enough are freed by the time that the gradients of others exist.
+    backward = tokens * width * (h + (0 if m.gated_ffn else 2 * f))
     late = tokens * (attentions * norm + width * (4 * attentions * a + 2 * h))
     late += tokens * width * m.num_heads * workload.seq_length + bias_saved
     products = (3 if m.gated_ffn else 2) * h * f

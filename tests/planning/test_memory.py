@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hf_mics.errors import ConfigError
-from hf_mics.memory_probe import probe_memory, track_phases
+from hf_mics.memory_probe import probe_memory, probe_partition_sizes, track_phases
 from hf_mics.planning.memory import layer_activations, padded_total, peak_memory
 from hf_mics.planning.models import find_model
 from hf_mics.planning.workload import ModelShape, Workload
@@ -65,14 +65,24 @@ def test_the_closed_form_is_within_ten_percent_of_what_fsdp2_allocates(case: str
 
 
 def test_a_probe_at_shallow_depths_gives_what_the_whole_depth_takes():
-    """The peak moves: at 4 layers it is in the loss, at 24 in a layer's backward."""
-    deep = shape("gpt", 24, 128, 2048)
+    deep = shape("gpt", 14, 128, 2048)
     workload = Workload(model=deep, seq_length=64, micro_batch=4, activation_checkpointing=False)
     tracked = track_phases(workload, groups(8))
     highest = max(tracked, key=lambda name: sum(tracked[name].values()))
     probed = probe_memory(workload, groups(8))
     assert probed.total_bytes == pytest.approx(sum(tracked[highest].values()), rel=0.03)
     assert probed.phase == highest
+
+
+def test_sizes_between_two_probed_ones_are_interpolated():
+    """A constant and a part that is 1 / partition size: exact but for padding, here of 250 rows."""
+    workload = Workload(model=shape("gpt", 2, 256, 250), seq_length=64, micro_batch=2, accumulation=2)
+    sizes = [groups(p, world=64) for p in (2, 4, 8, 16, 32, 64)]
+    probed = probe_partition_sizes(workload, sizes)
+    assert list(probed) == [2, 4, 8, 16, 32, 64]
+    for size in (4, 32):
+        exact = probe_memory(workload, groups(size, world=64)).total_bytes
+        assert probed[size].total_bytes == pytest.approx(exact, rel=0.01)
 
 
 def test_sharding_divides_the_model_state_and_nothing_else():
