@@ -204,7 +204,8 @@ class Unit:
         """Whether, on CPUs, nothing reads what hop 2 returns before the end of backward.
 
         FSDP2 then only makes views of it. It reads it at once to divide it (fp16, fp64, custom factors), to cast it, to
-        add it to a gradient that is there already, to move it, or for a hook.
+        add it to a gradient that is there already, to move it, or for a hook. A parameter that was tied after sharding
+        has two places in the result, of which the second is added to the first.
         """
         group, dtype = self._group, getattr(self._group, "_reduce_dtype", None)
         return (
@@ -215,6 +216,7 @@ class Unit:
             and group._all_reduce_hook is None
             and not any(param.offload_to_cpu for param in self._params)
             and all(param.sharded_param.grad is None for param in self._params)
+            and len({id(param.sharded_param) for param in self._params}) == len(self._params)
             and not any(getattr(p.sharded_param, "_post_accumulate_grad_hooks", None) for p in self._params)
         )
 
