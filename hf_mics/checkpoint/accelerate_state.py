@@ -30,7 +30,7 @@ def save_state(
     Under automatic naming the oldest checkpoints beyond `total_limit` are deleted after that, not before.
 
     Args:
-        companions: objects with `save_pretrained`, which go into the folder too.
+        companions: objects with `save_pretrained`, which go into the folder beside the first model's configuration.
     """
     project = accelerator.project_configuration
     automatic = project.automatic_checkpoint_naming
@@ -52,10 +52,8 @@ def save_state(
             stock_save(str(folder))
         finally:
             project.automatic_checkpoint_naming = automatic
-        if is_main():
-            for index, model in enumerate(accelerator._models):
-                if index == 0:
-                    write_descriptions(folder, model, companions)
+        if is_main() and accelerator._models:
+            write_descriptions(folder, accelerator._models[0], companions)
 
     save_checkpoint(accelerator, target, write, models=accelerator._models, optimizers=accelerator._optimizers)
     if automatic and is_main():
