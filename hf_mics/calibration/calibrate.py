@@ -75,6 +75,7 @@ def calibrated_cluster(
             "inter_node": measured if inter else "not measured: one node",
             "compute_efficiency": f"measured: one layer, forward and backward, on all {nodes * node_size} ranks",
             "update_bytes_per_s": "measured: AdamW",
+            "ring_lockstep": "not measured; of flat collectives over several nodes",
         },
     )
 

@@ -93,12 +93,14 @@ class Accelerator:
 class Rates:
     """A cluster at one point of its ranges: plain numbers, from which a time can be computed.
 
-    `links` holds (latency_s, bandwidth_bytes_per_s) by lane and, where measured, by (phase, lane).
+    `links` holds (latency_s, bandwidth_bytes_per_s) by lane and, where measured, by (phase, lane); `ring_lockstep` is
+    as in `Cluster`.
     """
 
     flops_per_s: float
     update_bytes_per_s: float | None
     links: Mapping[Lane | tuple[Phase, Lane], tuple[float, float]]
+    ring_lockstep: float = 0.0
 
     def link(self, phase: Phase, lane: Lane) -> tuple[float, float]:
         """(latency_s, bandwidth_bytes_per_s) of `phase` on `lane`."""
@@ -118,6 +120,8 @@ class Cluster:
         inter_node: a node's network interface; per node. None when it was not measured; then there is one node.
         compute_efficiency: fraction of the peak that forward and backward reach while nothing is waited for.
         update_bytes_per_s: memory traffic of the optimizer step; None leaves the step out.
+        ring_lockstep: what a step inside a node costs on a ring that also goes between nodes: 0 that link's own
+            latency, as NCCL's tuning model has it; 1 that of the slowest link, as MiCS's model of latency has it.
         backend: "nccl" communicates beside computing and coalesces small gathers; "gloo" does neither.
         collectives: links by phase, where `hf-mics measure` found that phases differ.
         sources: where each field's value comes from, by field name.
@@ -134,6 +138,7 @@ class Cluster:
     inter_node: Link | None
     compute_efficiency: Range
     update_bytes_per_s: Range | None = None
+    ring_lockstep: Range = Range(0.0, 1.0)
     backend: Backend = "nccl"
     collectives: Mapping[tuple[Phase, Lane], Link] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -204,6 +209,7 @@ class Cluster:
             flops_per_s=self.accelerator.peak_flops_per_s * self.compute_efficiency.at(at["compute_efficiency"]),
             update_bytes_per_s=None if update is None else update.at(at["update_bytes_per_s"]),
             links=links,
+            ring_lockstep=self.ring_lockstep.at(1 - at.get("ring_lockstep", 1.0)),
         )
 
     @property
@@ -215,6 +221,8 @@ class Cluster:
         for lane, link in self._lanes():
             found[f"{lane}.latency_s"] = link.latency_s
             found[f"{lane}.bandwidth_bytes_per_s"] = link.bandwidth_bytes_per_s
+        if self.inter_node is not None:
+            found["ring_lockstep"] = self.ring_lockstep
         return found
 
     def assumptions(self) -> list[str]:

@@ -24,7 +24,7 @@ from hf_mics.meter import Phase
 from hf_mics.planning.cluster import Accelerator, Backend, Cluster, Lane, Link, Range
 
 _REQUIRED = {"name", "nodes", "gpus_per_node", "accelerator", "intra_node", "inter_node", "compute_efficiency"}
-_OPTIONAL = {"update_bytes_per_s", "backend", "collectives", "sources", "measurements"}
+_OPTIONAL = {"update_bytes_per_s", "ring_lockstep", "backend", "collectives", "sources", "measurements"}
 
 
 def load_cluster(path: str | Path) -> Cluster:
@@ -79,6 +79,7 @@ def _content(cluster: Cluster) -> dict[str, Any]:
         },
         "compute_efficiency": _ends(cluster.compute_efficiency),
         "update_bytes_per_s": None if cluster.update_bytes_per_s is None else _ends(cluster.update_bytes_per_s),
+        "ring_lockstep": _ends(cluster.ring_lockstep),
         "intra_node": _link_content(cluster.intra_node),
         "inter_node": None if cluster.inter_node is None else _link_content(cluster.inter_node),
         "collectives": {f"{phase}/{lane}": _link_content(link) for (phase, lane), link in cluster.collectives.items()},
@@ -106,6 +107,7 @@ def _cluster(where: str, content: Mapping[str, Any]) -> Cluster:
         accelerator=Accelerator(**{**device, "name": str(device["name"])}),
         compute_efficiency=_range(f"{where}: compute_efficiency", content["compute_efficiency"]),
         update_bytes_per_s=None if update is None else _range(f"{where}: update_bytes_per_s", update),
+        ring_lockstep=_range(f"{where}: ring_lockstep", content.get("ring_lockstep", [0.0, 1.0])),
         intra_node=_link(f"{where}: intra_node", content["intra_node"]),
         inter_node=None if inter is None else _link(f"{where}: inter_node", inter),
         collectives={

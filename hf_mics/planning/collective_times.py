@@ -23,7 +23,8 @@ class Load:
 
     Args:
         phase: the collective. `lane`: the link that it holds.
-        steps: how often its latency is paid.
+        steps: how often its latency is paid. `inner_steps`: how often that of the link inside a node, on a ring that
+            goes through both.
         nic_bytes: that leave one node. `rank_bytes`: that one rank sends to ranks of its own node or onto the ring.
     """
 
@@ -32,15 +33,18 @@ class Load:
     steps: int
     nic_bytes: float = 0.0
     rank_bytes: float = 0.0
+    inner_steps: int = 0
 
     def timed(self, rates: Rates, calls: int) -> Stage:
         """The stage's duration when the unit's bytes travel in `calls` calls. A ring is as slow as its slowest link."""
         latency_s, bandwidth = rates.link(self.phase, self.lane)
-        seconds = self.rank_bytes / bandwidth
+        waited_s, seconds = self.steps * latency_s, self.rank_bytes / bandwidth
         if self.lane == "inter_node":
-            inside = rates.link(self.phase, "intra_node")[1]
-            seconds = max(self.nic_bytes / bandwidth, self.rank_bytes / inside)
-        return Stage(self.lane, calls * self.steps * latency_s + seconds)
+            inner_latency_s, inner_bandwidth = rates.link(self.phase, "intra_node")
+            slower_s = max(latency_s, inner_latency_s) - inner_latency_s
+            waited_s += self.inner_steps * (inner_latency_s + rates.ring_lockstep * slower_s)
+            seconds = max(self.nic_bytes / bandwidth, self.rank_bytes / inner_bandwidth)
+        return Stage(self.lane, calls * waited_s + seconds)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def _hop1(topology: Topology, traffic: StepTraffic, phase: Phase, backend: Backe
         return (Load(phase, "intra_node", p - 1, rank_bytes=sent),)
     if backend == "gloo" and phase == "reduce_scatter":
         nic_bytes = topology.node_size * sent * (p - k) / (p - 1)
-    return (Load(phase, "inter_node", p - 1, nic_bytes=nic_bytes, rank_bytes=sent if k > 1 else 0.0),)
+    rank_bytes = sent if k > 1 else 0.0
+    return (Load(phase, "inter_node", m - 1, nic_bytes=nic_bytes, rank_bytes=rank_bytes, inner_steps=p - m),)
 
 
 def _hop2(topology: Topology, traffic: StepTraffic, backend: Backend) -> tuple[Load, ...]:

@@ -146,6 +146,7 @@ def custom_cluster(
         update_bytes_per_s=memory,
         sources={
             **sources,
+            "ring_lockstep": "assumed: from NCCL's model of a ring's latency to MiCS's",
             "compute_efficiency": f"of the {peak_tflops:.4g} TFLOP/s {source}; assumed from published training runs",
             "update_bytes_per_s": f"memory bandwidth, {source}, of which {MEMORY_EFFICIENCY.low:.0%} to "
             f"{MEMORY_EFFICIENCY.high:.0%} assumed",

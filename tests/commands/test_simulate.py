@@ -50,7 +50,7 @@ def test_a_point_is_the_prediction_for_its_cluster(capsys: pytest.CaptureFixture
     assert mics["step_time_s"] == [step.step_s.low, step.step_s.high]
     assert mics["tokens_per_s_per_gpu"][1] == pytest.approx(step.tokens_per_s.high / 64)
     assert found["model"] == {"name": "gpt2-xl", "parameters": WORKLOAD.model.num_parameters}
-    assert len(found["assumptions"]) == 6
+    assert len(found["assumptions"]) == 7
 
 
 def test_strong_scaling_divides_one_global_batch(capsys: pytest.CaptureFixture[str]):

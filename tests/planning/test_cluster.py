@@ -56,7 +56,7 @@ def test_the_links_ratio_of_every_instance_is_the_published_one():
 
 def test_every_assumption_is_listed_with_its_range_and_source():
     lines = P4D.assumptions()
-    assert len(lines) == len(P4D.constants) == 6
+    assert len(lines) == len(P4D.constants) == 7
     assert any(
         line.startswith("inter_node.bandwidth_bytes_per_s: 3e+10 to 4.25e+10 (50 GB/s data sheet") for line in lines
     )

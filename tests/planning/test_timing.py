@@ -45,6 +45,7 @@ def exact(**changes: object) -> Cluster:
         "inter_node": FREE,
         "compute_efficiency": Range.exactly(0.5),
         "update_bytes_per_s": None,
+        "ring_lockstep": Range.exactly(0.0),
     }
     return replace(CLUSTER, **(known | changes))
 
@@ -115,7 +116,7 @@ def test_hop_2_alone_takes_its_bytes_over_the_node_s_interface_once_per_step(p: 
 
 
 def test_latency_is_paid_per_step_of_each_algorithm():
-    """m-1 between nodes and k-1 inside hierarchically, p-1 flat, 2 log2(r) for NCCL's all-reduce."""
+    """m-1 between nodes, and inside k-1 hierarchically or p-m flat; 2 log2(r) for NCCL's all-reduce."""
     one_layer = replace(GPT, num_layers=1)
     workload = replace(WORKLOAD, model=one_layer, accumulation=1)
     slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.exactly(1.0))
@@ -125,7 +126,13 @@ def test_latency_is_paid_per_step_of_each_algorithm():
 
     # Root: gathered and reduced; layer: gathered twice and reduced: 5 in a row, each 3 x 10 + 7 x 100.
     assert whole_seconds(partition_size=32) == 5 * (3 * 10 + 7 * 100)
-    assert whole_seconds(partition_size=32, hierarchical=False) == 5 * 31 * 10
+    assert whole_seconds(partition_size=32, hierarchical=False) == 5 * (3 * 10 + 28 * 100)
+    slow = replace(slow, inter_node=link(1e30, 100.0), intra_node=link(1e30, 10.0))
+    assert whole_seconds(partition_size=32, hierarchical=False) == 5 * (3 * 100 + 28 * 10)
+    # In lockstep every step takes as long as the slowest link's.
+    slow = replace(slow, ring_lockstep=Range.exactly(1.0))
+    assert whole_seconds(partition_size=32, hierarchical=False) == 5 * 31 * 100
+    slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.exactly(1.0))
     # Hop 2 alone, of the layer and then of the root, over 32 ranks.
     assert whole_seconds(partition_size=1) == 2 * 2 * 5 * 10
 
@@ -156,7 +163,7 @@ def test_no_constant_that_gets_better_makes_a_step_slower(p, system, name, speed
 
 
 @settings(max_examples=40)
-@given(p=st.sampled_from(SIZES), speeds=st.lists(st.floats(0, 1), min_size=6, max_size=6))
+@given(p=st.sampled_from(SIZES), speeds=st.lists(st.floats(0, 1), min_size=7, max_size=7))
 def test_the_range_holds_every_point_inside_the_constants_ranges(p, speeds):
     step = predict(WORKLOAD, CLUSTER, partition_size=p)
     rates = CLUSTER.rates(dict(zip(CLUSTER.constants, speeds, strict=True)))
