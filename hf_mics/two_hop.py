@@ -48,7 +48,7 @@ class TwoHopSchedule:
 
     def __init__(self, model: nn.Module, units: list[Unit], hop2_groups: list[ReplicationGroup]) -> None:
         self._model = model
-        self._windows = [Window(unit, hop2) for unit, hop2 in zip(units, hop2_groups, strict=True)]
+        self._windows = [Window(unit, hop2, hop2_groups) for unit, hop2 in zip(units, hop2_groups, strict=True)]
         self._hook = model.register_forward_pre_hook(torch.compiler.disable(self._begin_forward), prepend=True)
         self._undo_after_backward = after_backward(model, self._end_backward)
         override_method(model, "set_requires_gradient_sync", _set_requires_gradient_sync)

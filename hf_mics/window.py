@@ -28,11 +28,13 @@ class Window:
     Args:
         unit: the unit, whose post-backward is wrapped until `detach`.
         hop2: the group over which it all-reduces.
+        all_hop2: those of all units.
     """
 
-    def __init__(self, unit: Unit, hop2: ReplicationGroup) -> None:
+    def __init__(self, unit: Unit, hop2: ReplicationGroup, all_hop2: list[ReplicationGroup]) -> None:
         self.unit = unit
         self._hop2 = hop2
+        self._all_hop2 = all_hop2
         # Which parameters the packed partial sum holds, in packing order; None while no window is open.
         self._packed: list[int] | None = None
         # Parameters that got a real gradient in this window; the others were padded with zeros.
@@ -86,8 +88,6 @@ class Window:
             fsdp_post_backward()
             return
         self._forwards -= 1
-        # A second reduction in one backward is added to the first one's result; a backward that raised left its own.
-        self._hop2.finish()
         self._settle()
         used = self.unit.params_with_gradient()
         closes = self.unit.all_reduces and self._forwards <= 0
@@ -110,6 +110,11 @@ class Window:
         wanted = self.unit.all_reduces
         self.unit.all_reduces = wanted and all_reduce
         self._hop2.defers = self.unit.reads_hop2_late
+        if not self._hop2.defers:
+            # The result is added to a gradient that may still be on its way: of this unit's first reduction in this
+            # backward, or of another unit that holds the same parameter.
+            for group in self._all_hop2:
+                group.finish()
         try:
             with self._hop2.unmasked_errors():
                 fsdp_post_backward()
