@@ -108,7 +108,7 @@ def _hierarchical() -> list[Configuration]:
 
 
 def _wire() -> list[Configuration]:
-    base = Configuration(system="fsdp2", rate_mbit=None)
+    base = Configuration(system="fsdp2", rate_mbit=None, steps=1)  # bytes depend on neither
     runs = []
     for p in valid_partition_sizes(base.world_size, base.node_size):
         for hierarchical in (True, False) if p > base.node_size else (True,):
@@ -119,14 +119,9 @@ def _wire() -> list[Configuration]:
 
 
 def _equality() -> list[Configuration]:
-    runs = [
-        replace(run, rate_mbit=None)  # losses do not depend on it
-        for model in ("gpt2", "bert")
-        for run in _headline(model)
-        if run.spec.equal_losses
-    ]
     # As many micro-steps as the other systems' ranks do together: the same global batch.
     alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32, rate_mbit=None)
+    runs = [run for model in ("gpt2", "bert") for run in _headline(model) if run.spec.equal_losses]
     return [alone, replace(alone, model="bert"), *runs]
 
 
