@@ -132,7 +132,7 @@ def _record(configuration: Configuration, repeat: int, outcome: Outcome, environ
         return Record(configuration=configuration, repeat=repeat, failure=outcome.failure, environment=environment)
     record = merge(configuration, repeat, outcome.parts, environment)
     if configuration.spec.equal_losses:
-        expectation = expect(configuration)
+        expectation = expect(configuration, ROOT / "runs" / "bench" / "expected")
         record.expected_losses = list(expectation.losses)
         record.loss_tolerance = expectation.tolerance
     return record
