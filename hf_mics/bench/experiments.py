@@ -93,12 +93,11 @@ def _rate() -> list[Configuration]:
 
 def _weak_scaling() -> list[Configuration]:
     base = Configuration(system="fsdp2", steps=2, micro_steps=2)
-    shapes = [(1, 2), (2, 2), (4, 2), (8, 2), (4, 1), (8, 1), (16, 1)]
     runs = []
-    for nodes, node_size in shapes:
+    # On nodes of one rank a partition group has to span two of them.
+    for nodes, node_size in ((1, 2), (2, 2), (4, 2), (8, 2), (16, 1)):
         of_shape = replace(base, nodes=nodes, node_size=node_size)
-        # On nodes of one rank a partition group has to span two of them.
-        runs += [_mics(of_shape, 2), replace(of_shape, system="deepspeed-zero3")]
+        runs += [_mics(of_shape, 2), of_shape]
     return runs
 
 
@@ -119,10 +118,11 @@ def _wire() -> list[Configuration]:
 
 
 def _equality() -> list[Configuration]:
-    # As many micro-steps as the other systems' ranks do together: the same global batch.
-    alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32, rate_mbit=None)
     runs = [run for model in ("gpt2", "bert") for run in _headline(model) if run.spec.equal_losses]
-    return [alone, replace(alone, model="bert"), *runs]
+    # As many micro-steps as the other systems' ranks do together: the same global batch.
+    alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32)
+    # Losses do not depend on the rate.
+    return [replace(run, rate_mbit=None) for run in (alone, replace(alone, model="bert"), *runs)]
 
 
 def _short() -> list[Configuration]:

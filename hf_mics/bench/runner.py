@@ -26,7 +26,7 @@ from hf_mics.bench.virtual_cluster import VirtualCluster
 from hf_mics.errors import ConfigError
 
 _NEEDED_BYTES = 200 << 20
-_JOBS_PER_LAUNCH = 3
+_JOBS_PER_LAUNCH = 6
 
 
 @dataclass(frozen=True, kw_only=True)
