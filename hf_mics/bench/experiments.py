@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 
 from hf_mics.bench.configuration import Configuration
 from hf_mics.errors import ConfigError
@@ -196,7 +197,7 @@ def runs_of(names: list[str], only: list[str] | None = None) -> list[Configurati
 
     Args:
         names: keys of `EXPERIMENTS`.
-        only: keep variants that start with one of these (as `mics-p2` or `deepspeed`); None keeps all.
+        only: keep variants that match one of these shell patterns (as `mics-p2` or `deepspeed-*`); None keeps all.
 
     Raises:
         ConfigError: an unknown experiment, or an `only` that matches nothing.
@@ -212,8 +213,8 @@ def runs_of(names: list[str], only: list[str] | None = None) -> list[Configurati
                 runs[run.identity] = run
     if only is None:
         return list(runs.values())
-    for word in only:
-        if not any(run.variant.startswith(word) for run in runs.values()):
+    for pattern in only:
+        if not any(fnmatch(run.variant, pattern) for run in runs.values()):
             found = ", ".join(sorted({run.variant for run in runs.values()}))
-            raise ConfigError(f"no system of {', '.join(names)} starts with {word!r}: expected one of {found}.")
-    return [run for run in runs.values() if run.variant.startswith(tuple(only))]
+            raise ConfigError(f"no system of {', '.join(names)} matches {pattern!r}: expected one of {found}.")
+    return [run for run in runs.values() if any(fnmatch(run.variant, pattern) for pattern in only)]
