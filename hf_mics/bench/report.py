@@ -14,6 +14,7 @@ from hf_mics.bench.summaries import Summary, failed, found, summarize
 from hf_mics.errors import ConfigError
 
 MARK = "measured on a virtual cluster"
+_COMPARED_STEPS = 5
 
 
 @dataclass
@@ -60,7 +61,7 @@ def note_of(runs: Sequence[Summary]) -> str:
     repeats = max(len(run.records) for run in runs)
     return (
         f"{MARK}: {_list(f'{n} x {k}' for n, k in shapes)} (nodes x ranks), "
-        f"NICs of {_list('no limit' if rate is None else f'{rate:g}' for rate in rates)} Mbit/s, all on "
+        f"NICs {_list('without a limit' if rate is None else f'of {rate:g} Mbit/s' for rate in rates)}, all on "
         f"{environment['cpus']} CPUs ({environment['cpu']}); "
         f"{_list(f'{name} {_list(sorted(found))}' for name, found in sorted(versions.items()))}; "
         f"{max(len(run.times_s) for run in runs)} timed steps, {repeats} repeat{'s' * (repeats > 1)}; "
@@ -187,6 +188,12 @@ def _wire(report: Report) -> None:
 
 def _losses(report: Report) -> None:
     runs = report.section("equality")
+    shown = {(run.configuration.model, run.configuration.label) for run in runs}
+    for run in report.summaries.values():
+        key = (run.configuration.model, run.configuration.label)
+        if run.records and len(run.records[0].losses) >= _COMPARED_STEPS and key not in shown:
+            shown.add(key)
+            runs.append(run)
     if runs:
         report.add(
             "Every loss is compared with the same batches in one process in float64. The tolerance is 8 times what "

@@ -88,12 +88,13 @@ class Summary:
     def split_sent_bytes(self) -> dict[str, float] | None:
         """Bytes per NIC of hop 1 and hop 2 of one step, from the micro-steps of the first one; None with only one.
 
-        Micro-steps before the last send hop 1 alone, so the last sends hop 2 in what it sends more.
+        Micro-steps before the last send hop 1 alone, so the last sends hop 2 in what it sends more. The first one also
+        opens connections, and is left out where there are others.
         """
         sent = self.records[0].micro_nic_sent_bytes
         if len(sent) < 2 or not self.configuration.two_hop:
             return None
-        hop1 = statistics.fmean(sent[:-1])
+        hop1 = statistics.fmean(sent[1:-1] or sent[:-1])
         return {HOP1: hop1 * len(sent), HOP2: sent[-1] - hop1}
 
 
