@@ -37,12 +37,17 @@ class RunArguments(RecipeArguments):
     """The Trainer's own flags, with defaults for the default run."""
 
     output_dir: str = field(default="runs/bert", metadata={"help": "Model, plot, logs and checkpoints."})
-    max_steps: int = field(default=300, metadata={"help": "Optimizer steps, those of a resumed run included."})
+    max_steps: int = field(default=600, metadata={"help": "Optimizer steps, those of a resumed run included."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak; default: what suits the model."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "What the learning rate does after warm-up."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks per micro-step."})
+    per_device_train_batch_size: int = field(
+        # Small, for many steps: a masked model first learns how often tokens are, and leaves that plateau by steps
+        # rather than by tokens (64 blocks a step were still on it after 140 steps, 16 left it within 150).
+        default=2,
+        metadata={"help": "Blocks per micro-step."},
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float = field(default=100, metadata={"help": "Evaluate every so many optimizer steps."})
+    eval_steps: float = field(default=200, metadata={"help": "Evaluate every so many optimizer steps."})
 
 
 def main() -> None:
