@@ -252,7 +252,8 @@ def check_dropout_under_checkpointing() -> list[dict[str, torch.Tensor]]:
 
 def test_dropout_is_the_same_in_the_recomputation_of_checkpointed_layers() -> None:
     plain, checkpointed = run_ranks(check_dropout_under_checkpointing, WORLD_SIZE)[0]
-    assert largest_difference(checkpointed, plain) == 0.0
+    # Same masks, and on some machines the same bits; on others the last one differs (2.2e-8 seen).
+    assert largest_difference(checkpointed, plain) < TOLERANCE
 
 
 def check_meta_and_refusals() -> dict[str, Any]:

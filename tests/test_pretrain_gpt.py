@@ -39,7 +39,8 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
 
 
 def logged(output_dir: Path, tag: str) -> list[float]:
-    (events,) = (output_dir / "logs").rglob("events*")
+    # Not below: the flags of the run are logged into a folder of their own.
+    (events,) = (output_dir / "logs").glob("events*")
     return [event.value for event in EventAccumulator(str(events)).Reload().Scalars(tag)]
 
 
