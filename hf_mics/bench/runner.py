@@ -95,8 +95,13 @@ def _launches_on_clusters(
     missing: Missing, stop_at_s: float
 ) -> Generator[tuple[int, VirtualCluster, list[Configuration]], None, None]:
     """(repeat, cluster that is up, what to launch on it) until all is launched or the time is up."""
+
     # A repeat is a pass over everything; within it, neighbours on the same cluster share it.
-    for (repeat, nodes, rate), group in groupby(missing, key=lambda item: (item[0], item[1].nodes, item[1].rate_mbit)):
+    def cluster_of(item: tuple[int, Configuration]) -> tuple[int, int, float | None]:
+        repeat, c = item
+        return repeat, c.nodes * c.copies, c.rate_mbit
+
+    for (repeat, nodes, rate), group in groupby(missing, key=cluster_of):
         if time.monotonic() > stop_at_s:
             return
         with VirtualCluster(nodes, rate, name=f"bench{os.getpid()}"[:16]) as cluster:
@@ -119,10 +124,10 @@ def _run_batch(
 
 
 def _launches(configurations: Iterable[Configuration]) -> Iterator[list[Configuration]]:
-    """Batches that one launch can run: of one environment and node size, a few each."""
-    by_launch: dict[tuple[str, int], list[Configuration]] = {}
+    """Batches that one launch can run: of one environment and shape, a few each."""
+    by_launch: dict[tuple[str, int, int], list[Configuration]] = {}
     for c in configurations:
-        by_launch.setdefault((c.spec.environment, c.node_size), []).append(c)
+        by_launch.setdefault((c.spec.environment, c.nodes, c.node_size), []).append(c)
     for group in by_launch.values():
         yield from (group[first : first + _JOBS_PER_LAUNCH] for first in range(0, len(group), _JOBS_PER_LAUNCH))
 

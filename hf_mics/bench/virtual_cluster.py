@@ -259,6 +259,18 @@ class VirtualCluster:
         on: Sequence[int] | None = None,
     ) -> list[NodeResult]:
         """One `torchrun` per node, and waits for all; arguments as for `accelerate_launch`."""
+        command = self.torchrun_command(ranks_per_node, script_args, python=python, on=on)
+        return self.launch(command, env=env, timeout_s=timeout_s, on=on)
+
+    def torchrun_command(
+        self,
+        ranks_per_node: int,
+        script_args: Sequence[str],
+        *,
+        python: str = sys.executable,
+        on: Sequence[int] | None = None,
+    ) -> Callable[[int], list[str]]:
+        """The commands of `torchrun`, for `start`."""
         nodes = list(range(self.nodes) if on is None else on)
 
         def command(node: int) -> list[str]:
@@ -269,7 +281,7 @@ class VirtualCluster:
                 *script_args,
             ]
 
-        return self.launch(command, env=env, timeout_s=timeout_s, on=on)
+        return command
 
     def _name(self, node: int) -> str:
         if not 0 <= node < self.nodes:
