@@ -108,7 +108,7 @@ def _introduction(report: Report) -> list[str]:
         "machine's CPUs, so computing is slow and the same for all, and what differs is communication. The "
         "collectives are gloo's. Neither says what GPUs and NCCL do; bytes and counts carry over, seconds do not.",
         "Regenerate: `scripts/bench setup`, then the commands below, then `scripts/report`. Models have 10.6 M "
-        "(GPT-2-like) and 10.7 M (BERT-like) parameters in fp32, AdamW, one sequence of 32 tokens per rank and "
+        "(GPT-2-like) and 10.8 M (BERT-like) parameters in fp32, AdamW, one sequence of 32 tokens per rank and "
         "micro-step: little computing for many parameters, as in large models on few tokens per GPU.",
         "```\n" + "\n".join(commands) + "\n```",
         "Columns: *sent per NIC* is what the kernel counted leaving a node's NIC in one optimizer step, mean over "
