@@ -121,9 +121,8 @@ def _wire() -> list[Configuration]:
 def _equality() -> list[Configuration]:
     runs = [run for model in ("gpt2", "bert") for run in _headline(model) if run.spec.equal_losses]
     # As many micro-steps as the other systems' ranks do together: the same global batch.
-    alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32)
-    # Losses do not depend on the rate.
-    return [replace(run, rate_mbit=None) for run in (alone, replace(alone, model="bert"), *runs)]
+    alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32, rate_mbit=None)
+    return [alone, replace(alone, model="bert"), *runs]
 
 
 def _short() -> list[Configuration]:

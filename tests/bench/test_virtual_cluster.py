@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from hf_mics.bench import cluster_state, namespaces
+from hf_mics.bench.configuration import Configuration
+from hf_mics.bench.launching import launch
 from hf_mics.bench.node_processes import require_success
 from hf_mics.bench.virtual_cluster import VirtualCluster
 from hf_mics.errors import ConfigError, MiCSError
@@ -157,6 +159,22 @@ def test_launch_runs_one_process_per_node_and_captures_what_it_says(cluster: Vir
     read = "print(open('/sys/class/net/eth0/statistics/tx_bytes').read())"
     inside = cluster.launch(lambda node: [sys.executable, "-c", read], timeout_s=20)
     assert [int(r.stdout) for r in inside] == [nic.sent_bytes for nic in cluster.nic_bytes()]
+
+
+@needs_root
+def test_copies_train_side_by_side_each_on_nodes_of_its_own(cluster: VirtualCluster, tmp_path: Path):
+    alone = Configuration(
+        system="ddp", nodes=1, node_size=1, copies=2, model="gpt2-short", micro_steps=1, steps=1, tokens=8,
+        rate_mbit=None,
+    )  # fmt: skip
+    (outcome,) = launch(cluster, [alone], tmp_path, timeout_s=60)
+    assert outcome.failure is None
+    (first,), second = outcome.parts, json.loads((tmp_path / "copy1" / "job0-rank0.json").read_text())
+    # Each is the whole of its own job: a job of both would average two ranks' different batches.
+    assert (first.rank, second["rank"]) == (0, 0)
+    assert first.losses == second["losses"]
+    hosts = [(tmp_path / f"copy{copy}" / f"node{copy}.log").exists() for copy in (0, 1)]
+    assert hosts == [True, True]
 
 
 # A launcher whose worker has a session of its own, out of reach of its process group.
