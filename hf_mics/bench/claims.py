@@ -16,9 +16,13 @@ def _line(claim: str, measured: str, target: str, met: bool) -> str:
 
 
 def best_mics(runs: Sequence[Summary]) -> Summary | None:
-    """The fastest MiCS that sends fp32, as every peer here does, all three techniques on; None without one."""
+    """The fastest MiCS that shards, sends fp32 as every peer here does, all three techniques on; None without one.
+
+    p = 1 keeps the whole state on every rank, which full sharding is there to avoid: it is no rival of that.
+    """
     ours = [r for r in runs if r.configuration.system == "mics" and r.configuration.wire == "float32"]
     ours = [r for r in ours if r.configuration.two_hop and r.configuration.hierarchical]
+    ours = [r for r in ours if r.configuration.topology.partition_size > 1]
     return min(ours, key=lambda run: run.step_s, default=None)
 
 
@@ -53,6 +57,12 @@ def throughput(runs: Sequence[Summary]) -> list[str]:
             f"- {same.configuration.label} against {no_sync.configuration.label}: "
             f"{no_sync.step_s / same.step_s:.2f}x its throughput, with 1/{held:.2f} of the gradients held between "
             "micro-steps"
+        )
+    whole = next((r for r in runs if r.configuration.variant == "mics-p1"), None)
+    if whole is not None and (ddp := by_system.get("ddp")) is not None:
+        lines.append(
+            f"- where the whole state fits on every rank: {whole.configuration.label} takes {whole.step_s:.2f} s per "
+            f"step, {ddp.configuration.label} {ddp.step_s:.2f} s"
         )
     if (compute := by_system.get("no-communication")) is not None and best.configuration.rate_mbit:
         least_s = best.sent_bytes * 8 / (best.configuration.rate_mbit * 1e6) + compute.step_s
@@ -105,6 +115,22 @@ def weak_scaling(runs: Sequence[Summary], nodes: tuple[int, int] = (2, 8)) -> li
     lines.append(
         f"- bytes per NIC of MiCS at {nodes[1]} nodes over {nodes[0]}: {sent:.2f}x ((r-1)/r alone: {expected:.2f}x)"
     )
+    return lines
+
+
+def sweep(runs: Sequence[Summary], of: str, title: str) -> list[str]:
+    """MiCS beside its fastest peer at every value of the configuration's field `of`."""
+    lines = []
+    for value in sorted({getattr(run.configuration, of) for run in runs}):
+        here = [run for run in runs if getattr(run.configuration, of) == value]
+        ours = best_mics(here)
+        peers = [run for run in here if run.configuration.system != "mics"]
+        if ours is not None and peers:
+            best = min(peers, key=lambda run: run.step_s)
+            lines.append(
+                f"- {title} {value:g}: {ours.configuration.label} has {best.step_s / ours.step_s:.2f}x the throughput "
+                f"of its fastest peer, {best.configuration.label}"
+            )
     return lines
 
 

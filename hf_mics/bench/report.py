@@ -151,7 +151,7 @@ def _ablation(report: Report) -> None:
 def _sweep(report: Report, name: str, title: str, of: str) -> None:
     runs = report.section(name)
     if runs:
-        report.add(tables.sweep(runs, title, of))
+        report.add("\n".join(claims.sweep(runs, of, title)), tables.sweep(runs, title, of))
         plots.lines(runs, of, title, report.image(name, f"seconds per step against {title}"), note_of(runs))
 
 

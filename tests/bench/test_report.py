@@ -73,6 +73,27 @@ def test_a_peer_that_wins_is_named():
     )
 
 
+def test_whole_replicas_are_no_rival_of_full_sharding_and_stand_beside_ddp():
+    text = lines(headline({"mics-p1": 1.5, "mics-p2": 2.0, "ddp": 1.2, "fsdp2": 7.5}))
+    assert "hf_mics, p = 2 over FSDP2, all ranks: **3.75x**" in text
+    assert "fits on every rank: hf_mics, p = 1 takes 1.50 s per step, DDP, no_sync 1.20 s" in text
+
+
+def test_a_sweep_names_the_fastest_peer_at_every_value():
+    seconds = {"mics-p2": (2.0, 2.0), "fsdp2": (9.0, 9.0), "accelerate-hybrid-no-sync-p2": (3.0, 1.0)}
+    records = [
+        record(replace(run, rate_mbit=rate), seconds[run.variant][at])
+        for at, rate in enumerate((100.0, 4000.0))
+        for run in EXPERIMENTS["headline"].runs()
+        if run.variant in seconds
+    ]
+    peer = "the throughput of its fastest peer, accelerate hybrid, no_sync, p = 2"
+    assert claims.sweep(list(summarize(records).values()), "rate_mbit", "Mbit/s") == [
+        f"- Mbit/s 100: hf_mics, p = 2 has 1.50x {peer}",
+        f"- Mbit/s 4000: hf_mics, p = 2 has 0.50x {peer}",
+    ]
+
+
 def one(configuration: Configuration, seconds: float = 1.0, **values: object) -> Summary:
     (summary,) = summarize([record(configuration, seconds, **values)]).values()
     return summary
