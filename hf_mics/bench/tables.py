@@ -138,7 +138,7 @@ def sweep(runs: Sequence[Summary], name: str, of: str) -> str:
 def weak_scaling(runs: Iterable[Summary]) -> str:
     """Communication and bytes as nodes grow; hop 2 also without its unavoidable (r-1)/r."""
     header = (
-        "system", "nodes x ranks", "s/step", "waiting (s)", "hop 1 (s)", "hop 2 (s)", "hop 2 x r/(r-1) (s)",
+        "system", "nodes x ranks", "copies", "s/step", "waiting (s)", "hop 1 (s)", "hop 2 (s)", "hop 2 x r/(r-1) (s)",
         "sent per NIC (MB)",
     )  # fmt: skip
     rows = []
@@ -150,8 +150,8 @@ def weak_scaling(runs: Iterable[Summary]) -> str:
             hops = (f"{hop1_s(run):.2f}", f"{hop2:.2f}", f"{hop2 * r / (r - 1):.2f}" if r > 1 else "")
         else:
             hops = ("", "", "")
-        where, sent = f"{c.nodes} x {c.node_size}", f"{run.sent_bytes / 1e6:.1f}"
-        rows.append((c.label, where, f"{run.step_s:.2f}", f"{run.communication_s:.2f}", *hops, sent))
+        where, sent = (f"{c.nodes} x {c.node_size}", str(c.copies)), f"{run.sent_bytes / 1e6:.1f}"
+        rows.append((c.label, *where, f"{run.step_s:.2f}", f"{run.communication_s:.2f}", *hops, sent))
     return markdown(header, rows)
 
 
