@@ -115,6 +115,14 @@ def weak_scaling(runs: Sequence[Summary], nodes: tuple[int, int] = (2, 8)) -> li
     lines.append(
         f"- bytes per NIC of MiCS at {nodes[1]} nodes over {nodes[0]}: {sent:.2f}x ((r-1)/r alone: {expected:.2f}x)"
     )
+    zero3 = {r.configuration.nodes: r for r in runs if r.configuration.variant == "fsdp2"}
+    if all(n in zero3 for n in nodes):
+        small, large = (zero3[n] for n in nodes)
+        lines.append(
+            f"- {large.configuration.label} (ZeRO-3) at {nodes[1]} nodes over {nodes[0]}: communication time "
+            f"{large.communication_s / small.communication_s:.2f}x, bytes per NIC "
+            f"{large.sent_bytes / small.sent_bytes:.2f}x"
+        )
     return lines
 
 
