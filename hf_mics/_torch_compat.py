@@ -44,7 +44,7 @@ _GROUP_ATTRIBUTES = (
 )
 
 
-_STATE_ATTRIBUTES = ("_fsdp_param_groups", "_root_post_backward_final_callback")
+_STATE_ATTRIBUTES = ("_fsdp_param_groups", "_root_post_backward_final_callback", "_auto_reshard_after_forward")
 
 
 def _require(thing: Any, kind: str, attributes: tuple[str, ...]) -> None:
@@ -97,7 +97,14 @@ class Unit:
     @property
     def frees_after_forward(self) -> bool:
         """Whether parameters are gathered a second time for backward."""
+        # Unless the user said otherwise, the root keeps its parameters; FSDP2 settles that in the first forward only.
+        if self._is_root and self.module._get_fsdp_state()._auto_reshard_after_forward:
+            return False
         return self._group._reshard_after_forward
+
+    @property
+    def _is_root(self) -> bool:
+        return self.name in ("", "_orig_mod")
 
     def shard_numel(self, index: int) -> int:
         """Elements of one padded shard of parameter `index`, as packed into the reduce-scatter."""
@@ -175,6 +182,10 @@ class Unit:
     def reduces(self) -> bool:
         """Whether the next backward reduces at all."""
         return self._group.reduce_grads
+
+    @reduces.setter
+    def reduces(self, value: bool) -> None:
+        self._group.reduce_grads = value
 
     @property
     def partial_sum(self) -> torch.Tensor | None:
@@ -317,6 +328,11 @@ def find_units(model: nn.Module) -> Iterator[Unit]:
             if id(group) not in seen:
                 seen.add(id(group))
                 yield Unit(module, group, name)
+
+
+def is_root(model: nn.Module) -> bool:
+    """Whether `model` itself, under `torch.compile` or not, was passed to `fully_shard`."""
+    return isinstance(getattr(model, "_orig_mod", model), FSDPModule)
 
 
 def override_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -33,7 +33,14 @@ from hf_mics._hf_compat import (
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
 from hf_mics.checkpoint.resuming import around_checkpoint_function
 from hf_mics.checkpoint.stop import StopRequest
-from hf_mics.engine import apply_mics, is_under_mics, mics_engine, node_size_from_launcher
+from hf_mics.engine import (
+    apply_mics,
+    host_without_node_size,
+    is_under_mics,
+    mics_engine,
+    node_size_from_launcher,
+    refuse_unknown_node_size,
+)
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology
 from hf_mics.process_groups import say_to_all
@@ -276,9 +283,14 @@ def _init_process_group_kwargs(handlers: list[Any] | None) -> dict[str, Any]:
 
 def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
     """Every rank's node name and the ranks per node, from what every rank says; so all ranks raise or none does."""
-    everyone = say_to_all(
-        lambda: (socket.gethostname(), plugin.node_size or node_size_from_launcher(), plugin.partition_size)
+    said = say_to_all(
+        lambda: (
+            host_without_node_size(plugin.node_size),
+            (socket.gethostname(), plugin.node_size or node_size_from_launcher(), plugin.partition_size),
+        )
     )
+    refuse_unknown_node_size([host for host, _ in said])
+    everyone = [settings for _, settings in said]
     sizes = {size for _, size, _ in everyone}
     if len(sizes) > 1:
         table = ", ".join(f"ranks on {host}: {size}" for host, size in sorted({(h, s) for h, s, _ in everyone}))

@@ -7,14 +7,16 @@ the two-hop schedule. Accelerate, the Trainer and the runner call the same funct
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_mics._torch_compat import Unit, find_units, inherit_timeout
+from hf_mics._torch_compat import Unit, find_units, inherit_timeout, is_root
 from hf_mics.collectives import MiCSAllGather, MiCSReduceScatter
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.hop2 import ReplicationGroup
@@ -75,7 +77,7 @@ class MiCSEngine:
             unit.restore(*former)
 
     def unit_shapes(self) -> list[UnitShape]:
-        """Bytes of every unit on the wire. Complete after the first forward, when FSDP2 settles what the root frees."""
+        """Bytes of every unit on the wire."""
         p = self.topology.partition_size
         shapes = []
         for unit, wire in zip(self.units, self.wire_dtypes, strict=True):
@@ -122,7 +124,8 @@ def apply_mics(
             "float32" and "bfloat16" say so. Partial sums are always added up in fp32.
 
     Raises:
-        ConfigError: the model is not sharded, on a 1-D mesh, on several meshes, or already under MiCS.
+        ConfigError: the model or its root is not sharded, on a 1-D mesh, on several meshes, or already under MiCS; or
+            the job runs on several hosts and nobody says how many ranks each has.
         TopologyError: the mesh and the node size form no valid groups.
     """
     if gradient_wire_dtype not in get_args(WireDtype):
@@ -132,7 +135,7 @@ def apply_mics(
     if _ENGINE in model.__dict__:
         raise ConfigError(
             "this model is already under MiCS: apply_mics (or the plugin, callback or runner) was called on it "
-            "before. Call it once; to change settings, mics_engine(model).detach() first."
+            "before. Call it once; to change settings, remove_mics(model) first."
         )
     node_size = _agree(node_size, hierarchical, gradient_wire_dtype)
     units = list(find_units(model))
@@ -188,7 +191,7 @@ def remove_mics(model: M) -> M:
 
 
 def node_size_from_launcher() -> int:
-    """Ranks on this node, from torchrun's and accelerate's `LOCAL_WORLD_SIZE`; the world size without a launcher.
+    """Ranks on this node, from torchrun's and accelerate's `LOCAL_WORLD_SIZE`; without it all ranks, of one host.
 
     Raises:
         ConfigError: the variable is not a positive integer.
@@ -204,9 +207,36 @@ def node_size_from_launcher() -> int:
     return int(text)
 
 
+def host_without_node_size(node_size: int | None) -> str | None:
+    """This host's name where neither the user nor the launcher says how many ranks it has, else None."""
+    return socket.gethostname() if node_size is None and "LOCAL_WORLD_SIZE" not in os.environ else None
+
+
+def refuse_unknown_node_size(hosts: Sequence[str | None]) -> None:
+    """Raises where ranks of several hosts, by every rank's `host_without_node_size`, would be taken for one node.
+
+    Raises:
+        ConfigError: see above.
+    """
+    names = sorted({host for host in hosts if host is not None})
+    if len(names) > 1:
+        raise ConfigError(
+            f"the job runs on {len(names)} hosts ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}), but how "
+            "many ranks each runs is not known: LOCAL_WORLD_SIZE is not set. Launch with `accelerate launch` or "
+            "torchrun, which set it, export it in the srun or mpirun command, or pass node_size."
+        )
+
+
 def _agree(node_size: int | None, hierarchical: bool, wire: str) -> int:
     """The node size, once every rank has said the same settings; so that all ranks raise or none does."""
-    everyone = say_to_all(lambda: (node_size_from_launcher() if node_size is None else node_size, hierarchical, wire))
+    hosts_and_settings = say_to_all(
+        lambda: (
+            host_without_node_size(node_size),
+            (node_size_from_launcher() if node_size is None else node_size, hierarchical, wire),
+        )
+    )
+    refuse_unknown_node_size([host for host, _ in hosts_and_settings])
+    everyone = [settings for _, settings in hosts_and_settings]
     if len(set(everyone)) > 1:
         table = "; ".join(f"rank {rank}: {said}" for rank, said in list(enumerate(everyone))[:16])
         raise TopologyError(
@@ -235,6 +265,11 @@ def _shard_axis(model: nn.Module, units: list[Unit]) -> int:
         raise ConfigError(
             f"this {type(model).__name__} is not sharded: no module in it was passed to fully_shard. Call "
             "fully_shard(layer, mesh=mesh) on its layers and then on the model, on a mesh of (replicate, shard)."
+        )
+    if not is_root(model):
+        raise ConfigError(
+            f"only parts of this {type(model).__name__} are sharded ({len(units)}, the first {units[0].name!r}), not "
+            "the model itself. Call fully_shard(model, mesh=mesh) after its layers, or pass the module sharded last."
         )
     meshes = {unit.mesh for unit in units}
     if len(meshes) > 1:

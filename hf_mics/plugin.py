@@ -153,7 +153,7 @@ def resolve_topology(plugin: MiCSPlugin, sizes: RequestedSizes, *, world_size: i
         TopologyError: the sizes form no valid groups.
     """
     if plugin.partition_size is not None:
-        partition_size = plugin.partition_size
+        partition_size, source = plugin.partition_size, "MiCSPlugin.partition_size"
     elif sizes.shard is not None:
         replicate = sizes.replicate or 1
         if sizes.shard * replicate != world_size:
@@ -164,11 +164,10 @@ def resolve_topology(plugin: MiCSPlugin, sizes: RequestedSizes, *, world_size: i
                 f"config set parallelism_config_dp_replicate_size to {fitting}, or num_processes to "
                 f"{sizes.shard * replicate}."
             )
-        partition_size = sizes.shard
+        partition_size, source = sizes.shard, "dp_shard_size of the config"
     else:
-        partition_size = node_size
+        partition_size, source = node_size, "the node size, which is the default"
     try:
         return Topology(world_size=world_size, node_size=node_size, partition_size=partition_size)
     except TopologyError as error:
-        source = "MiCSPlugin.partition_size" if plugin.partition_size is not None else "dp_shard_size of the config"
         raise TopologyError(f"{error} (partition_size came from {source}.)") from None

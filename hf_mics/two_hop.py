@@ -21,6 +21,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_mics._torch_compat import (
@@ -49,6 +50,8 @@ class TwoHopSchedule:
     def __init__(self, model: nn.Module, units: list[Unit], hop2_groups: list[ReplicationGroup]) -> None:
         self._model = model
         self._windows = [Window(unit, hop2, hop2_groups) for unit, hop2 in zip(units, hop2_groups, strict=True)]
+        for unit in units:
+            unit.reduces = True
         self._hook = model.register_forward_pre_hook(torch.compiler.disable(self._begin_forward), prepend=True)
         self._undo_after_backward = after_backward(model, self._end_backward)
         override_method(model, "set_requires_gradient_sync", _set_requires_gradient_sync)
@@ -118,6 +121,8 @@ class TwoHopSchedule:
 
 def _set_requires_gradient_sync(model: nn.Module, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
     """Replaces `FSDPModule.set_requires_gradient_sync`: without synchronization, hop 1 still runs."""
+    # FSDP2's own may have been called before, or on a submodule, and have turned hop 1 off as well.
+    FSDPModule.set_requires_gradient_sync(model, True, recurse=recurse)  # type: ignore[arg-type]
     model.set_requires_all_reduce(requires_gradient_sync, recurse=recurse)  # type: ignore[operator]
 
 

@@ -18,7 +18,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_mics
 from hf_mics import Topology, apply_mics, mics_engine, remove_mics
-from hf_mics.engine import node_size_from_launcher
+from hf_mics.engine import host_without_node_size, node_size_from_launcher, refuse_unknown_node_size
 from hf_mics.errors import ConfigError, MiCSError, TopologyError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -132,6 +132,32 @@ def test_two_models_on_one_mesh_count_apart(layout: Layout):
     assert second.engine.meter.read() == first.engine.meter.read() == first.engine.predict_step(1).per_rank
 
 
+@on_ranks(TWO_REPLICAS, SPANNING)
+def test_what_is_predicted_before_the_first_forward_is_what_a_step_sends(layout: Layout):
+    """The start-up summary says it then; FSDP2 settles that the root keeps its parameters in the first forward only."""
+    pair = Pair(layout, build=all_used)
+    predicted = pair.engine.predict_step(3).per_rank
+    pair.window(0)
+    assert pair.engine.meter.read() == predicted
+
+
+@on_ranks(TWO_REPLICAS)
+def test_synchronization_switched_off_before_is_no_reason_to_train_nothing(layout: Layout):
+    """FSDP2's own switch turns off both hops: before apply_mics on the whole model, and later on a part of it."""
+    pair = Pair(layout, build=all_used)
+    remove_mics(pair.mics)
+    pair.mics.set_requires_gradient_sync(False)
+    apply_mics(pair.mics, node_size=layout.node)
+    pair.window(0)
+    pair.assert_same_gradients()
+    pair.step()
+    pair.mics.layers[1].set_requires_gradient_sync(False)
+    pair.window(1)
+    pair.assert_same_gradients()
+    pair.step()
+    pair.assert_same_weights()
+
+
 # -- a model that transformers sharded ---------------------------------------------------------------------------------
 
 
@@ -217,6 +243,27 @@ def test_a_model_that_is_not_sharded_is_refused(layout: Layout):
     assert isinstance(error, ConfigError)
     assert "Net is not sharded" in str(error)
     assert "fully_shard(layer, mesh=mesh)" in str(error)
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_model_of_which_only_parts_are_sharded_is_refused(layout: Layout):
+    model = Net()
+    fully_shard(model.layers[0], mesh=layout.mesh)
+    error = refusal(apply_mics, model, node_size=2)
+    assert isinstance(error, ConfigError)
+    assert "only parts of this Net are sharded (1, the first 'layers.0'), not the model itself" in str(error)
+
+
+def test_ranks_of_several_hosts_that_nobody_counts_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    mine = host_without_node_size(None)
+    assert mine is not None
+    refuse_unknown_node_size([mine, mine])
+    with pytest.raises(ConfigError, match="runs on 2 hosts .* LOCAL_WORLD_SIZE is not set"):
+        refuse_unknown_node_size([mine, mine, "elsewhere"])
+    assert host_without_node_size(2) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert host_without_node_size(None) is None
 
 
 @on_ranks(TWO_REPLICAS)

@@ -87,6 +87,11 @@ def record_path(folder: Path, configuration: Configuration, repeat: int) -> Path
     return folder / f"{configuration.identity}-r{repeat}.json"
 
 
+def has_measurements(path: Path) -> bool:
+    """Whether a record lies at `path` and is not that of a failure."""
+    return path.exists() and _read(path).failure is None
+
+
 def read_records(folder: Path) -> list[Record]:
     """Every record of a results folder, by file name.
 

@@ -9,6 +9,7 @@ in bfloat16, the process rounds them to bfloat16 wherever hf_mics would before i
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_mics.bench import workload
 from hf_mics.bench.configuration import Configuration, Wire
 from hf_mics.bench.workload import build_model, build_optimizer, micro_batch
 
@@ -44,7 +46,7 @@ def expect(configuration: Configuration, cache: Path | None = None) -> Expectati
     c = configuration
     # Everything that decides which numbers are computed, and nothing else, so that systems share their reference.
     same = replace(c, system="reference", partition_size=None, rate_mbit=None, hierarchical=True, two_hop=True)
-    same = replace(same, warm_up_steps=0, steps=c.warm_up_steps + c.steps, nodes=1, node_size=c.world_size)
+    same = replace(same, warm_up_steps=0, steps=c.warm_up_steps + c.steps, nodes=1, node_size=c.world_size, copies=1)
     exact = _kept(replace(same, wire="float32"), "float64", cache)
     rounded = _kept(same, "float32", cache)
     distance = max(abs(a - b) for a, b in zip(exact, rounded, strict=True))
@@ -59,13 +61,19 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def _kept(c: Configuration, dtype: str, cache: Path | None) -> tuple[float, ...]:
     if cache is None:
         return _losses(c, _DTYPES[dtype])
-    path = cache / f"{c.identity}-{c.wire}-{dtype}.json"
+    path = cache / f"{c.identity}-{c.wire}-{dtype}-{_workload_version()}.json"
     known = json.loads(path.read_text()) if path.exists() else []
     if len(known) < c.steps:
         known = _losses(c, _DTYPES[dtype])
         cache.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known))
     return tuple(known[: c.steps])
+
+
+@functools.cache
+def _workload_version() -> str:
+    """Changes with the models, batches and optimizer, which a configuration only names."""
+    return hashlib.sha256(Path(workload.__file__).read_bytes()).hexdigest()[:8]
 
 
 @functools.cache

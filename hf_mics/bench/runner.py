@@ -20,7 +20,7 @@ from typing import Any
 from hf_mics.bench.configuration import Configuration
 from hf_mics.bench.launching import Outcome, launch
 from hf_mics.bench.peers import ROOT, interpreter
-from hf_mics.bench.records import Record, merge, record_path
+from hf_mics.bench.records import Record, has_measurements, merge, record_path
 from hf_mics.bench.reference import expect
 from hf_mics.bench.virtual_cluster import VirtualCluster
 from hf_mics.errors import ConfigError
@@ -35,7 +35,7 @@ class Plan:
 
     Args:
         configurations: what.
-        results: the folder of the records; a run whose record is there is not run again.
+        results: the folder of the records; a run whose record is there is not run again unless it failed.
         repeats: runs of each configuration; all configurations run once before any runs again.
         job_timeout_s: seconds after which a run is killed and recorded as failed.
         stop_after_s: no launch starts later than this; None: all run.
@@ -59,7 +59,7 @@ class Plan:
             (repeat, c)
             for repeat in range(self.repeats)
             for c in self.configurations
-            if self.again or not record_path(self.results, c, repeat).exists()
+            if self.again or not has_measurements(record_path(self.results, c, repeat))
         ]
 
 
@@ -176,7 +176,7 @@ def _environment() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit or "unknown",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpus": os.cpu_count(),

@@ -153,3 +153,6 @@ def test_runs_with_a_record_are_not_repeated_and_repeats_are_interleaved(tmp_pat
     plan = Plan(configurations=[FOUR, other], results=tmp_path, repeats=2)
     assert plan.missing() == [(0, other), (1, FOUR), (1, other)]
     assert len(replace(plan, again=True).missing()) == 4
+    failed = Record(configuration=FOUR, repeat=0, failure="rank 3 did not finish within 10 s")
+    failed.save(tmp_path)
+    assert plan.missing()[0] == (0, FOUR), "what failed is tried again"
