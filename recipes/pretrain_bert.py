@@ -1,7 +1,7 @@
 """Pretrain a BERT-style model under MiCS, from text to a Hugging Face folder: the stock Trainer, to be copied.
 
     accelerate launch --config_file recipes/configs/cpu_2x2.yaml recipes/pretrain_bert.py --output_dir runs/bert-tiny
-    accelerate launch --config_file recipes/configs/gpu_4x8.yaml recipes/pretrain_bert.py --output_dir runs/bert-large \
+    accelerate launch --config_file recipes/configs/gpu_1x8.yaml recipes/pretrain_bert.py --output_dir runs/bert-large \
         --preset bert-large --dataset_name HuggingFaceFW/fineweb-edu --streaming --whole_word_mask \
         --per_device_train_batch_size 32 --max_steps 50000 --save_steps 1000
 

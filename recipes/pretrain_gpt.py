@@ -1,7 +1,7 @@
 """Pretrain a GPT-style model under MiCS, from text to a Hugging Face folder: a plain Accelerate loop, to be copied.
 
     accelerate launch --config_file recipes/configs/cpu_2x2.yaml recipes/pretrain_gpt.py --output_dir runs/gpt-tiny
-    accelerate launch --config_file recipes/configs/gpu_4x8.yaml recipes/pretrain_gpt.py --output_dir runs/gpt2-xl \
+    accelerate launch --config_file recipes/configs/gpu_1x8.yaml recipes/pretrain_gpt.py --output_dir runs/gpt2-xl \
         --preset gpt2-xl --dataset_name HuggingFaceFW/fineweb-edu --streaming --max_steps 50000 --save_steps 1000
 
 The only line of it that knows about MiCS is the one that makes the accelerator; the size of the partition groups comes
