@@ -79,7 +79,7 @@ def classification_metrics(evaluated: EvalPrediction) -> dict[str, float]:
     """
 
     def compute() -> dict[str, float]:
-        values = {"predictions": evaluated.predictions, "references": evaluated.label_ids}
-        return {**load_metric("accuracy").compute(**values), **load_metric("f1").compute(**values)}
+        metric = load_metric("classification")
+        return metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
 
     return broadcast_from_main(compute)
