@@ -5,8 +5,8 @@ are the published shapes, and so are Llama 3's 8B and 70B. `gpt-20b`, `bert-10b`
 those that reproduce the sizes named in the MiCS evaluation; `gpt-100b` and `gpt-175b` are those of its largest runs
 (hidden 10240 and 12288, 80 and 96 layers). Learning rates of GPT models are the peak values of the GPT-3 paper (arXiv
 2005.14165, table 2.1) for models of that size, those of BERT models that of the BERT paper (arXiv 1810.04805, appendix
-A.2), those of Llama models that of the Llama 3 paper (arXiv 2407.21783, table 3); those of the tiny models were found
-by trying.
+A.2), those of Llama models that of the Llama 3 paper (arXiv 2407.21783, table 3). The tiny models are this
+repository's own: docs/recipes.md and docs/measurements.md report what the recipes reach with them and their rates.
 
 A family is a subclass of `Preset` that knows its parameter count in closed form and its transformers configuration; a
 model is an entry of `PRESETS`.
@@ -39,9 +39,8 @@ class Preset(ABC):
         vocab_size: token embeddings (V).
         context_length: the longest sequence (s), in tokens.
         learning_rate: peak learning rate of AdamW that suits this size.
-        initializer_range: standard deviation of the initial weights. GPT-2's and BERT's 0.02 is right near their own
-            widths; at 128 a GPT that starts so small needs twice the steps (perplexity 227 against 115 after 250,
-            tried).
+        initializer_range: standard deviation of the initial weights, 0.02 in GPT-2 and BERT. The tiny models have
+            0.05, near sqrt(2 / 5h) (SmallInit, arXiv 1910.05895): 0.02 at h = 1000, 0.056 at h = 128.
     """
 
     task: ClassVar[Task]
