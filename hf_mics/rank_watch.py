@@ -3,8 +3,9 @@
 A dead rank shows as a network error on its neighbours in some collective, or as a hang, and neither names it. So every
 rank counts a beat in the job's store once a second, from a thread. A rank whose collective fails looks who has stopped
 beating, says so below its traceback, and leaves the finding in the store for ranks that fail later, when the store may
-have gone with its host. Where no error comes (a machine that lost its power, NCCL before its
-timeout), the rank before the silent one in rank order says so after `_SILENCE_S` seconds.
+have gone with its host. Where no error comes (a machine that lost its power, a stopped process, NCCL before its
+timeout), the rank before the silent one in rank order says so after `_SILENCE_S` seconds. A process that still runs
+and only waits beats on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Is a rank that hangs named by the rank before it, once for each silence, and one that has left never?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from hf_mics import rank_watch
+from hf_mics.rank_watch import RankWatch
+
+HOSTS = ("alpha", "alpha", "beta")
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_rank_before_a_silent_one_says_so_after_30_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three ranks in one process whose beats are fast and whose clock is the test's: no real silence counts."""
+    now_s, said = 0.0, ""
+    monkeypatch.setattr(rank_watch, "_BEAT_S", 0.005)
+    monkeypatch.setattr(rank_watch, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=time.sleep))
+    store = dist.HashStore()
+    watches = [RankWatch(rank, HOSTS, store) for rank in range(3)]
+    beating = [0, 1, 2]
+
+    def pass_s(seconds: float) -> str:
+        """Moves the clock; returns all that was said once every rank that beats has looked and been looked at."""
+        nonlocal now_s, said
+        now_s += seconds
+        for _ in range(2):
+            before = {rank: int(store.get(f"beat/{rank}")) for rank in beating}
+            wait_until(lambda b=before: all(int(store.get(f"beat/{rank}")) >= b[rank] + 3 for rank in beating))
+        said += capsys.readouterr().err
+        return said
+
+    for _ in range(4):
+        assert pass_s(20) == ""
+
+    def hang(rank: int) -> None:
+        """Stops this rank without a last word, as a SIGSTOP would."""
+        beating.remove(rank)
+        watches[rank]._stop.set()
+        watches[rank]._thread.join()
+        pass_s(0)
+
+    hang(2)
+    assert pass_s(29) == ""
+    told = "MiCS: rank 2 on node beta has given no sign of life for 30 s, rank 1 reports."
+    assert told in pass_s(2)
+    assert pass_s(100).count("MiCS") == 1
+
+    store.set("beat/2", "back")
+    assert pass_s(0).count("MiCS") == 1
+    assert pass_s(31).count(told) == 2
+
+    watches[1].leave()
+    beating.remove(1)
+    assert pass_s(31).count("MiCS") == 2
+    watches[0].leave()
