@@ -68,7 +68,7 @@ class MiCSAccelerator(StockAccelerator):
     """
 
     knows_mics = True
-    # Micro-steps per optimizer step where somebody else accumulates, as a Trainer does; for the start-up summary.
+    # Micro-steps per optimizer step where a Trainer accumulates and the Accelerator knows of one; for the summary.
     micro_steps: int | None = None
 
     def __init__(self, *args: Any, mics_plugin: MiCSPlugin | None = None, **kwargs: Any) -> None:

@@ -72,20 +72,16 @@ class MiCSCallback(TrainerCallback):
             join_launched_job()
             yield
         else:
-            micro_steps = args.gradient_accumulation_steps if args else 1
-            make = self._accelerator_maker(MiCSAccelerator if self._owns_mics else base, micro_steps)
-            with replaced_accelerator(make):
+            with replaced_accelerator(self._accelerator_maker(MiCSAccelerator if self._owns_mics else base)):
                 yield
         report_first(trainer, self)
 
-    def _accelerator_maker(self, base: Callable[..., MiCSAccelerator], micro_steps: int) -> Callable[..., Any]:
+    def _accelerator_maker(self, base: Callable[..., MiCSAccelerator]) -> Callable[..., MiCSAccelerator]:
         def make(**kwargs: Any) -> MiCSAccelerator:
             if self._plugin is not None:
                 kwargs["mics_plugin"] = self._plugin
             with unchanged_fsdp_switch():
-                accelerator = base(**kwargs)
-            accelerator.micro_steps = micro_steps
-            return accelerator
+                return base(**kwargs)
 
         return make
 
@@ -121,16 +117,16 @@ class MiCSCallback(TrainerCallback):
         self._run = TrainRun(model, trainer.accelerator)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Starts a window."""
+        """Starts measuring an optimizer step."""
         if self._run:
-            self._run.begin_step()
+            self._run.meter.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Raises LossError on every rank if a loss of this window was not finite on any."""
         if self._run:
-            self._run.check_loss(state.global_step + 1)
+            self._run.losses.check(state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measures the step; collects the figures when the Trainer is about to log."""
@@ -194,7 +190,7 @@ class MiCSCallback(TrainerCallback):
 
 
 class TrainRun:
-    """What the callback does in one `train()`, from its beginning to `close`.
+    """What the callback measures and watches in one `train()`, from its beginning to `close`.
 
     Args:
         model: under MiCS.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -13,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import recipes
 from tests.assets.trainer_door import MODELS, make_model, make_trainer, report
 
-ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
-CONFIG = ROOT / "recipes" / "configs" / "cpu_2x2.yaml"
 # SGD keeps differences proportional to the fp32 rounding of sums over 4 ranks x 2 micro-steps x 24 tokens, about 1e-7
 # of gradients of order 1, times 10 steps of rate 0.1; losses and norms are sums of as many terms.
 TOLERANCE = 2e-6
@@ -25,12 +23,7 @@ TOLERANCE = 2e-6
 
 def launch(report: Path, *command: str | Path) -> tuple[dict[str, Any], str]:
     """Launches a script on 4 ranks as a user would; returns what it saved in `report` and its stderr."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0")
-    result = subprocess.run(
-        [sys.executable, *map(str, (*launcher, *command))],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+    result = recipes.launch(*command)
     assert result.returncode == 0, result.stderr[-4000:]
     return torch.load(report), result.stderr
 
@@ -41,10 +34,11 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     folder = tmp_path_factory.mktemp("doors")
     script = ASSETS / "trainer_door.py"
     seen: dict[str, dict[str, Any]] = {"alone": {}}
-    seen["callback"], stderr = launch(folder / "callback", script, folder / "callback", "--callback")
-    assert stderr.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == len(MODELS)
-    assert stderr.count("per optimizer step of 2 micro-steps") == len(MODELS)
-    seen["runner"], _ = launch(folder / "runner", "-m", "hf_mics", script, folder / "runner")
+    seen["callback"], by_callback = launch(folder / "callback", script, folder / "callback", "--callback")
+    seen["runner"], under_runner = launch(folder / "runner", "-m", "hf_mics", script, folder / "runner")
+    for told in (by_callback, under_runner):
+        assert told.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == len(MODELS)
+        assert told.count("per optimizer step of 2 micro-steps") == len(MODELS)
     for name in MODELS:
         trainer = make_trainer(name, str(folder / "alone"), 8, [])
         trainer.train()
@@ -93,12 +87,11 @@ def test_the_other_ranks_name_a_rank_that_died_and_its_node() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, ASSETS / "trainer_loses_a_rank.py", "2"],
-            env={**os.environ, **common, "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4",
-                 "LOCAL_WORLD_SIZE": "4"},
+            env={**recipes.ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "4",
+                 "LOCAL_WORLD_SIZE": "4", "RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )
         for rank in "0123"

@@ -95,6 +95,7 @@ def _train(
     elif resume_from_checkpoint:
         folder = Path(resume_from_checkpoint)
         main_decides(lambda: check_folder(folder))
+    trainer.accelerator.micro_steps = trainer.args.gradient_accumulation_steps
     with _stopping_at_sigterm(trainer):
         return stock(resume_from_checkpoint, *args, **kwargs)
 
