@@ -33,7 +33,7 @@ from hf_mics.checkpoint.resuming import (
 from hf_mics.checkpoint.saving import format_of, is_main, save_checkpoint
 from hf_mics.checkpoint.stop import StopRequest
 from hf_mics.checkpoint.together import main_decides, together
-from hf_mics.errors import MiCSError
+from hf_mics.errors import CheckpointError, MiCSError
 
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 
@@ -94,10 +94,19 @@ def _train(
             print(f"MiCS: {path} is the newest complete checkpoint\n{skipped}", file=sys.stderr, flush=True)
     elif resume_from_checkpoint:
         folder = Path(resume_from_checkpoint)
-        main_decides(lambda: check_folder(folder))
+        main_decides(lambda: _check_is_a_trainers(folder))
     trainer.accelerator.micro_steps = trainer.args.gradient_accumulation_steps
     with _stopping_at_sigterm(trainer):
         return stock(resume_from_checkpoint, *args, **kwargs)
+
+
+def _check_is_a_trainers(folder: Path) -> None:
+    check_folder(folder)
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} is not a Trainer's checkpoint: expected {TRAINER_STATE_NAME} in it, which says at which step to "
+            "go on. What Accelerator.save_state wrote is resumed with load_state, by the loop that saved it."
+        )
 
 
 def _save_checkpoint(stock: Method, trainer: Any, model: Any, trial: Any) -> None:
@@ -194,7 +203,13 @@ class StopOnSigterm(TrainerCallback):
         """Ends the process: what a script does after train() is meant for a finished training."""
         if self._stopping:
             if state.is_world_process_zero:
-                print(stop_message(f"{args.output_dir}/{PREFIX}{state.global_step}"), file=sys.stderr, flush=True)
+                saved = f"{args.output_dir}/{PREFIX}{state.global_step}"
+                print(
+                    f"MiCS: SIGTERM received; saved {saved} at the end of the optimizer step and stopped. Resume from "
+                    "there.",
+                    file=sys.stderr,
+                    flush=True,
+                )
             raise SystemExit(0)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_mics.checkpoint.export import export_checkpoint
-from hf_mics.checkpoint.mark import read_mark
+from hf_mics.checkpoint.mark import MARK_NAME, read_mark
 from hf_mics.errors import CheckpointError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -98,14 +98,28 @@ def refusals(root: Path) -> dict[str, str]:
     said = {}
     if dist.get_rank() == 0:
         (root / "empty" / "checkpoint-3").mkdir(parents=True)
-        shutil.copytree(root / "moving" / "checkpoint-4", root / "cut" / "checkpoint-4")
-        next((root / "cut" / "checkpoint-4" / "optimizer_0").glob("__2_*")).unlink()
+        for case in ("missing", "short", "unmarked", "loop"):
+            folder = shutil.copytree(root / "moving" / "checkpoint-4", root / case / "checkpoint-4")
+            if case == "missing":
+                next((folder / "optimizer_0").glob("__2_*")).unlink()
+            if case in ("short", "unmarked"):
+                with next((folder / "pytorch_model_fsdp_0").glob("__1_*")).open("r+b") as file:
+                    file.truncate(100)
+            if case in ("unmarked", "loop"):
+                (folder / MARK_NAME).unlink()
+            if case == "loop":
+                (folder / "trainer_state.json").unlink()
     dist.barrier()
-    attempts = {
+    wider = tiny.gpt2()
+    wider.resize_token_embeddings(tiny.VOCABULARY + 2, mean_resizing=False)
+    attempts: dict[str, tuple[Path, str | bool, Any]] = {
         "empty": (root / "empty", True, None),
         "empty path": (root / "empty", str(root / "empty" / "checkpoint-3"), None),
-        "cut": (root / "cut", str(root / "cut" / "checkpoint-4"), None),
+        "nowhere": (root / "empty", str(root / "empty" / "checkpoint-9"), None),
+        **{case: (root / case, str(root / case / "checkpoint-4"), None) for case in ("missing", "unmarked", "loop")},
+        "short": (root / "short", True, None),
         "model": (root / "moving", str(root / "moving" / "checkpoint-4"), tiny.build("llama")),
+        "width": (root / "moving", str(root / "moving" / "checkpoint-4"), wider),
     }
     for case, (output_dir, resume, model) in attempts.items():
         with pytest.raises(CheckpointError) as caught:
@@ -186,7 +200,12 @@ def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
     assert "no complete checkpoint checkpoint-*" in said["empty"]
     assert "it has no completion mark" in said["empty"]
     assert "is empty" in said["empty path"]
-    assert "is missing" in said["cut"]
+    assert "no checkpoint at" in said["nowhere"]
+    assert "optimizer_0/__2_0.distcp is missing" in said["missing"]
+    assert "pytorch_model_fsdp_0/__1_0.distcp has 100 of" in said["short"]
+    assert "pytorch_model_fsdp_0/__1_0.distcp ends at 100 of" in said["unmarked"]
+    assert "is not a Trainer's checkpoint: expected trainer_state.json" in said["loop"]
+    assert f"transformer.wte.weight: [{tiny.VOCABULARY}, 15] there, [{tiny.VOCABULARY + 2}, 15] here" in said["width"]
     assert "a GPT2LMHeadModel was saved, this run has a LlamaForCausalLM" in said["model"]
     assert "of another optimizer: expected SGD, as this run uses, got AdamW" in said["optimizer"]
 
