@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,10 +21,9 @@ from hf_mics._hf_compat import join_launched_job, leave_mics_state, unchanged_fs
 from hf_mics._trainer_compat import accelerator_class, replaced_accelerator, report_first, run_constructors_inside
 from hf_mics.accelerator import MiCSAccelerator
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, remove_mics
-from hf_mics.errors import ConfigError, LossError
+from hf_mics.errors import ConfigError
 from hf_mics.loss_watch import LossWatch
 from hf_mics.plugin import MiCSPlugin
-from hf_mics.process_groups import say_to_all
 from hf_mics.summary import start_up_summary
 from hf_mics.training_meter import TrainingMeter
 
@@ -200,25 +198,6 @@ class TrainRun:
     def __init__(self, model: nn.Module, accelerator: Any) -> None:
         self.meter = TrainingMeter(model, mics_engine(model))
         self.losses = LossWatch(accelerator)
-
-    def begin_step(self) -> None:
-        """Call before the first micro-step of a window."""
-        self.meter.begin_step()
-        self.losses.begin_window()
-
-    def check_loss(self, step: int) -> None:
-        """Call before optimizer step number `step`; a collective. Raises LossError if a loss was not finite."""
-        bad = self.losses.first_bad()
-        if bad is None:
-            return
-        micro_step, rank = bad
-        node = say_to_all(socket.gethostname)[rank]
-        raise LossError(
-            f"the loss is not finite: optimizer step {step}, micro-step {micro_step}, seen first by rank {rank} on "
-            f"node {node}. Training stops before that step: weights, optimizer and checkpoints are those of step "
-            f"{step - 1} and before. Look at that rank's batch, lower the learning rate or max_grad_norm, or, under "
-            "fp16, use bf16; then resume from the last checkpoint."
-        )
 
     def close(self) -> None:
         """Takes everything off the model and the accelerator."""

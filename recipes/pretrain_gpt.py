@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_co
 
 from hf_mics import MiCSAccelerator
 from hf_mics.errors import ConfigError
+from hf_mics.loss_watch import LossWatch
 from hf_mics.pretraining.blocks import BlockArguments, Blocks, build_model, prepare_blocks
 from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
 from hf_mics.pretraining.metrics import load_metric
@@ -113,6 +114,7 @@ def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: 
     """Trains; yields the micro-steps' losses and the gradient norm after each optimizer step, until `max_steps`."""
     sequences_per_micro_step = args.per_device_batch_size * accelerator.num_processes
     losses: list[torch.Tensor] = []
+    watch = LossWatch(accelerator)
     while True:
         loader.set_epoch(progress.epoch)
         # Counted in sequences, so that a run that goes on with other ranks or batches finds its place in the data.
@@ -123,6 +125,7 @@ def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: 
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    watch.check(progress.step + 1)  # ends every rank if a loss was not finite
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.detach())

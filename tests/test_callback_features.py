@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_mics import MiCSCallback, MiCSPlugin, mics_engine
+from hf_mics.checkpoint.check import check_folder
 from hf_mics.engine import is_under_mics
 from hf_mics.errors import ConfigError, LossError
 from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
@@ -236,29 +237,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_micro_st
             output.loss = output.loss * float("nan")
         return output
 
-    trainer = trainer_of(layout, max_steps=6, save_strategy="steps", save_steps=1)
+    folder = shared_folder()
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "output_dir": folder}
+    trainer = trainer_of(layout, **settings)
     trainer.model.register_forward_hook(spoil)
     with pytest.raises(LossError, match="step 3, micro-step 2, seen first by rank 2 on node") as caught:
         trainer.train()
     assert "those of step 2 and before" in str(caught.value)
     dist.barrier()
-    assert sorted(p.name for p in Path(trainer.args.output_dir).glob("checkpoint-*")) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
-    assert_same(weights(trainer), weights_after_two_steps(layout), 0.0)
+    # The third step was to save as well, and then to delete the second's checkpoint.
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert check_folder(folder / "checkpoint-2")
 
-
-def weights_after_two_steps(layout: Layout) -> dict[str, torch.Tensor]:
-    trainer = trainer_of(layout, max_steps=6, save_strategy="no")
-
-    class Stop(TrainerCallback):
+    class WeightsAfterTwoSteps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 2
+            if state.global_step == 2:
+                self.weights = weights(undisturbed)
 
-    trainer.add_callback(Stop())
-    trainer.train()
-    return weights(trainer)
+    half = WeightsAfterTwoSteps()
+    undisturbed = trainer_of(layout, half, **{**settings, "save_strategy": "no", "output_dir": shared_folder()})
+    undisturbed.train()
+    assert_same(weights(trainer), half.weights, 0.0)
+    resumed = trainer_of(layout, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed), weights(undisturbed), 0.0)
 
 
 @on_ranks(LAYOUT)

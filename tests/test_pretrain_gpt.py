@@ -125,8 +125,16 @@ def test_four_ranks_train_like_one_process_with_hop_2_once_per_optimizer_step(co
     assert losses[-1] < losses[0]
 
 
-def test_bad_input_is_the_same_clear_error_on_every_rank(common: list[str | Path], tmp_path: Path):
-    result = launch(RECIPE, *common, "--output_dir", tmp_path, "--max_steps", 2, "--block_size", 4096)
+def test_a_loss_that_is_not_finite_stops_every_rank_and_leaves_the_checkpoints_before_it(
+    common: list[str | Path], tmp_path: Path
+):
+    """The second step's rate makes weights whose products overflow, so the third loss is NaN; every step saves."""
+    flags = (*common, "--output_dir", tmp_path, "--report_to", "none", "--max_steps", 4, "--save_steps", 1)
+    result = launch(RECIPE, *flags, "--learning_rate", 1e30)
     assert result.returncode != 0
-    expected = "ConfigError: Blocks longer than the model's context: expected a --block_size of at most 16, got 4096"
-    assert result.stderr.count(expected) == 4
+    expected = "LossError: the loss is not finite: optimizer step 3, micro-step 1, seen first by rank 0 on node"
+    assert result.stderr.count(expected) == 4, result.stderr[-4000:]
+    found = find_checkpoints(tmp_path / "checkpoints", "step_")
+    assert [path.name for path in found.complete] == ["step_00000001", "step_00000002"]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == found.complete
+    assert not (tmp_path / "model").exists()
