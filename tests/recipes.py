@@ -36,19 +36,19 @@ def launch(*words: str | Path | float) -> subprocess.CompletedProcess[str]:
     return run(*command(*words))
 
 
-def launch_recipe(recipe: str, report: Path, *flags: str | Path | float) -> list[dict[str, int]]:
-    """Runs a recipe on 4 ranks; returns each rank's counts of collectives."""
+def launch_recipe(recipe: str, report: Path, *flags: str | Path | float) -> list[list[dict[str, int]]]:
+    """Runs a recipe on 4 ranks, again after each `--then` in `flags`; returns each rank's counts of each run."""
     report.mkdir(parents=True)
     result = launch(RUN_RECIPE, report, "mics", ROOT / "recipes" / recipe, *flags)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2" in result.stderr + result.stdout
     counts = [json.loads((report / f"rank{rank}.json").read_text()) for rank in range(4)]
-    assert all(len(engines) == 1 for engines in counts)
-    return [engines[0] for engines in counts]
+    assert all(len(engines) == 1 + flags.count("--then") for engines in counts)
+    return [list(run) for run in zip(*counts, strict=True)]
 
 
 def run_alone(recipe: str, *flags: str | Path | float) -> None:
-    """Runs a recipe in one process without MiCS."""
+    """Runs a recipe in one process without MiCS, again after each `--then`."""
     result = run(sys.executable, RUN_RECIPE, "-", "alone", ROOT / "recipes" / recipe, *flags)
     assert result.returncode == 0, result.stderr[-4000:]
 

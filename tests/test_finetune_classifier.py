@@ -47,7 +47,7 @@ def test_four_ranks_train_a_decoder_like_one_process_with_hop_2_once_per_optimiz
     common: list[str | Path | float], tmp_path: Path
 ):
     ours, alone = tmp_path / "ours", tmp_path / "alone"
-    counts = launch_recipe(
+    (counts,) = launch_recipe(
         *("finetune_classifier.py", tmp_path / "report", *common, "--output_dir", ours),
         *("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2),
     )

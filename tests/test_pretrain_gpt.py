@@ -109,7 +109,7 @@ def test_four_ranks_train_like_one_process_with_hop_2_once_per_optimizer_step(co
     (tmp_path / "train.txt").write_text((string.ascii_letters * 4)[: BLOCK_TOKENS * 12 - 1])
     flags = [*common, "--model_config", tmp_path, "--train_file", tmp_path / "train.txt", "--max_steps", 5]
     ours, alone = tmp_path / "ours", tmp_path / "alone"
-    counts = launch_recipe(
+    (counts,) = launch_recipe(
         *("pretrain_gpt.py", tmp_path / "report", *flags, "--output_dir", ours, "--gradient_accumulation_steps", 2)
     )
     for of_rank in counts:

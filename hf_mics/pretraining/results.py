@@ -10,7 +10,7 @@ from hf_mics.pretraining.plot import plot_losses
 
 
 def finish(trainer: Trainer, title: str, per: str) -> dict[str, float]:
-    """Evaluates, and writes below the Trainer's output folder what a run has to show.
+    """Evaluates unless the Trainer just has, and writes below its output folder what a run has to show.
 
     `model/` is a folder that `from_pretrained` loads, tokenizer included; `loss.png`; `eval_results.json` holds the
     last evaluation, `trainer_state.json` all that was logged. A collective call: every rank must make it.
@@ -22,7 +22,7 @@ def finish(trainer: Trainer, title: str, per: str) -> dict[str, float]:
     Returns:
         The last evaluation's metrics.
     """
-    metrics = trainer.evaluate()
+    metrics = _last_evaluation(trainer) or trainer.evaluate()
     output_dir = Path(trainer.args.output_dir or ".")
     trainer.save_model(str(output_dir / "model"))
     trainer.save_metrics("eval", metrics)
@@ -38,3 +38,13 @@ def finish(trainer: Trainer, title: str, per: str) -> dict[str, float]:
             print(f"Training loss in nats per {per}: {first:.3f} (step {first_step}), {last:.3f} (step {last_step})")
         print(f"Model: {output_dir / 'model'}\nPlot: {output_dir / 'loss.png'}")
     return metrics
+
+
+def _last_evaluation(trainer: Trainer) -> dict[str, float]:
+    """What the Trainer found when it evaluated the weights that it has now; empty if it did not."""
+    state = trainer.state
+    # Where it has gone back to the best weights, those of that step.
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    step = state.best_global_step if is_best else state.global_step
+    found = next((entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry), {})
+    return {name: value for name, value in found.items() if name != "step"}

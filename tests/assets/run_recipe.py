@@ -1,11 +1,13 @@
-"""Runs a recipe, then reports what hop 2 did: `run_recipe.py REPORT_FOLDER mics|alone RECIPE [flags]`.
+"""Runs a recipe, then reports what hop 2 did: `run_recipe.py REPORT_FOLDER mics|alone RECIPE [flags] [--then flags]`.
 
-"alone" takes MiCS out: the stock Trainer without a callback, or accelerate's own Accelerator, in one process.
+"alone" takes MiCS out: the stock Trainer without a callback, or accelerate's own Accelerator, in one process. `--then`
+runs the recipe again in the same processes, which saves their start.
 """
 
 import json
 import runpy
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import accelerate
@@ -14,7 +16,7 @@ from transformers import TrainerCallback
 import hf_mics
 
 folder, mode, script = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-sys.argv = sys.argv[3:]
+runs = [list(flags) for ends, flags in groupby(sys.argv[4:], "--then".__eq__) if not ends]
 engines = []
 if mode == "alone":
 
@@ -39,7 +41,9 @@ else:
 
     MiCSEngine.__init__ = remember
 
-runpy.run_path(script, run_name="__main__")
+for flags in runs:
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
 
 if engines:
     from accelerate import PartialState
