@@ -64,7 +64,7 @@ class TrainingMeter:
         Means over ranks, per optimizer step where they are times or bytes; GB are 10^9 bytes. See docs/trainer.md.
         """
         steps, seconds = self._steps, time.perf_counter() - self._start_s
-        if steps == 0 or seconds <= 0:
+        if steps == 0:
             return {}
         hops = self._clock.read()
         sent = {

@@ -217,13 +217,6 @@ class StopOnSigterm(TrainerCallback):
         self._request.ignore()
 
 
-def stop_message(checkpoint: str | Path) -> str:
-    """What a run says that was stopped by SIGTERM."""
-    return (
-        f"MiCS: SIGTERM received; saved {checkpoint} at the end of the optimizer step and stopped. Resume from there."
-    )
-
-
 @contextlib.contextmanager
 def _stopping_at_sigterm(trainer: Any) -> Iterator[None]:
     callback = StopOnSigterm(trainer)
