@@ -23,7 +23,7 @@ from hf_mics.hop2 import ReplicationGroup
 from hf_mics.meter import TrafficMeter
 from hf_mics.process_groups import HopGroups, hop_groups, say_to_all
 from hf_mics.topology import Topology
-from hf_mics.traffic import StepTraffic, UnitShape, predict
+from hf_mics.traffic import Backend, StepTraffic, UnitShape, predict
 from hf_mics.two_hop import TwoHopSchedule
 
 WireDtype = Literal["auto", "float32", "bfloat16"]
@@ -76,6 +76,11 @@ class MiCSEngine:
         for unit, former in zip(self.units, self._former, strict=True):
             unit.restore(*former)
 
+    @property
+    def backend(self) -> Backend:
+        """What the collectives run on, which they choose by the device as well."""
+        return "gloo" if self.units[0].device.type == "cpu" else "nccl"
+
     def unit_shapes(self) -> list[UnitShape]:
         """Bytes of every unit on the wire."""
         p = self.topology.partition_size
@@ -95,7 +100,13 @@ class MiCSEngine:
 
     def predict_step(self, micro_steps: int) -> StepTraffic:
         """What one optimizer step of `micro_steps` micro-steps will move; see `hf_mics.traffic.predict`."""
-        return predict(self.topology, self.unit_shapes(), micro_steps=micro_steps, hierarchical=self.hierarchical)
+        return predict(
+            self.topology,
+            self.unit_shapes(),
+            micro_steps=micro_steps,
+            hierarchical=self.hierarchical,
+            backend=self.backend,
+        )
 
 
 # The engine lives in the model's own __dict__, so that both are freed together.

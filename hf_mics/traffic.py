@@ -2,16 +2,26 @@
 
 The prediction counts what the engine sends, with the volumes of MiCS sections 3.2 to 3.4 (arXiv 2205.00119):
 (p-1)/p of the model per gather, of which (p-k)/p crosses nodes when it runs hierarchically, and twice (r-1)/r of a
-shard per hop 2. It leaves out headers, the gradient norm's few bytes, and everything the user's script sends itself.
+shard per hop 2. Which of a rank's bytes cross nodes depends on the backend, see `node_bytes`. It leaves out headers,
+the gradient norm's few bytes, and everything the user's script sends itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from hf_mics.meter import Key, Tally
+from hf_mics.meter import Key, Phase, Tally
 from hf_mics.topology import Group, Topology
+
+Backend = Literal["nccl", "gloo"]
+
+_NIC_PHASES: dict[str, Phase] = {
+    "hop1_all_gather": "all_gather",
+    "hop1_reduce_scatter": "reduce_scatter",
+    "hop2_all_reduce": "all_reduce",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,12 @@ class StepTraffic:
 
 
 def predict(
-    topology: Topology, units: Sequence[UnitShape], *, micro_steps: int, hierarchical: bool = True
+    topology: Topology,
+    units: Sequence[UnitShape],
+    *,
+    micro_steps: int,
+    hierarchical: bool = True,
+    backend: Backend = "nccl",
 ) -> StepTraffic:
     """What one optimizer step of `micro_steps` micro-steps moves, hop 2 only at its accumulation boundary."""
     per_rank: dict[Key, Tally] = {}
@@ -80,21 +95,35 @@ def predict(
                 add((phase, "partition"), calls, calls * (size - size // p))  # type: ignore[arg-type]
         if r > 1 and unit.reduce_bytes:
             add(("all_reduce", "replication"), 1, all_reduce_bytes(unit.reduce_bytes // p, r))
-    return StepTraffic(per_rank, _nic_bytes(topology, units, micro_steps, staged))
+    nic_bytes = {
+        name: node_bytes(topology, {key: tally for key, tally in per_rank.items() if key[0] == phase}, backend=backend)
+        for name, phase in _NIC_PHASES.items()
+    }
+    return StepTraffic(per_rank, nic_bytes)
 
 
-def node_bytes(topology: Topology, tallies: Mapping[Key, Tally]) -> float:
+def node_bytes(topology: Topology, tallies: Mapping[Key, Tally], *, backend: Backend) -> float:
     """Bytes that left each node's network interface, averaged over nodes, when every rank sent `tallies`.
 
-    Collectives are taken for rings, along whose edges equal volumes flow; see `StepTraffic.nic_bytes`.
+    A ring sends over the interface along the edges that leave the node, and equal volumes flow along all of them. That
+    is how NCCL runs every collective, and gloo all-gathers and all-reduces. Over gloo the engine scatters by an
+    exchange, in which p-k of each rank's p-1 slices go straight to other nodes: k (p-k)/p of a unit per node where a
+    ring takes (p-1)/p. Of two-stage collectives, the stage between nodes crosses as a whole, the one inside not at all.
     """
+    p, k = topology.partition_size, topology.node_size
     groups = {
         "partition": topology.partition_groups,
         "inter_node": topology.inter_node_groups,
         "intra_node": (),
         "replication": topology.replication_groups,
     }
-    return sum(t.bytes_sent * _edges_per_node(topology, groups[scope]) for (_, scope), t in tallies.items())
+    total = 0.0
+    for (phase, scope), tally in tallies.items():
+        if backend == "gloo" and (phase, scope) == ("reduce_scatter", "partition"):
+            total += tally.bytes_sent * k * max(0, p - k) / (p - 1)
+        else:
+            total += tally.bytes_sent * _edges_per_node(topology, groups[scope])
+    return total
 
 
 def all_reduce_bytes(size: int, ranks: int) -> int:
@@ -106,25 +135,6 @@ def _staged_bytes(size: int, p: int, m: int) -> tuple[int, int]:
     """(between nodes, inside the node) bytes that one rank sends to gather or scatter `size` bytes in two stages."""
     shard, k = size // p, p // m
     return (m - 1) * shard, m * (k - 1) * shard
-
-
-def _nic_bytes(topology: Topology, units: Iterable[UnitShape], micro_steps: int, staged: bool) -> dict[str, float]:
-    """Bytes leaving one node's interface per optimizer step, from the groups' ring edges that cross nodes."""
-    gathered = scattered = reduced = 0
-    for unit in units:
-        gathered += unit.gather_bytes * unit.gathers_per_micro_step * micro_steps
-        scattered += unit.reduce_bytes * micro_steps
-        reduced += unit.reduce_bytes
-    p, r = topology.partition_size, topology.replication_size
-    groups = topology.inter_node_groups if staged else topology.partition_groups
-    # Along every edge of a flat ring (p-1)/p of the unit flows; in the staged form each of the k rings between nodes
-    # carries one shard from each of its m members.
-    share = (topology.nodes_per_partition - 1) / p if staged else (p - 1) / p
-    return {
-        "hop1_all_gather": gathered * share * _edges_per_node(topology, groups),
-        "hop1_reduce_scatter": scattered * share * _edges_per_node(topology, groups),
-        "hop2_all_reduce": 2 * (r - 1) / r * reduced / p * _edges_per_node(topology, topology.replication_groups),
-    }
 
 
 def _edges_per_node(topology: Topology, groups: Iterable[Group]) -> float:

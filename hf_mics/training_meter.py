@@ -71,7 +71,7 @@ class TrainingMeter:
             hop: sum(t.bytes_sent for (phase, _), t in self._sent.items() if (phase == "all_reduce") == (hop == "hop2"))
             for hop in ("hop1", "hop2")
         }
-        crossed = node_bytes(self._engine.topology, self._sent)
+        crossed = node_bytes(self._engine.topology, self._sent, backend=self._engine.backend)
         mine = [*map(float, (self._tokens, self._squares, sent["hop1"], sent["hop2"], crossed)), *hops.values()]
         everyone = torch.tensor(mine, dtype=torch.float64, device=self._engine.units[0].device)
         dist.all_reduce(everyone)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_mics.meter import Tally, TrafficMeter
 from hf_mics.topology import Topology, valid_partition_sizes
-from hf_mics.traffic import UnitShape, all_reduce_bytes, predict
+from hf_mics.traffic import UnitShape, all_reduce_bytes, node_bytes, predict
 
 
 def unit(gather: int = 800, reduce: int = 400, gathers: int = 2, name: str = "layer") -> UnitShape:
@@ -56,6 +56,27 @@ def test_a_group_that_spans_nodes_moves_only_the_staged_share_between_them():
         ("reduce_scatter", "partition"): Tally(1, 300),
     }
     assert flat.nic_bytes == {"hop1_all_gather": 600.0, "hop1_reduce_scatter": 300.0, "hop2_all_reduce": 0.0}
+
+
+def test_over_gloo_a_flat_scatter_is_an_exchange_which_crosses_more():
+    """(4, 2, 4), flat: each rank has 3 slices of 100 bytes to send, 2 of them to the other node; 2 ranks send 400.
+
+    A ring's one outgoing edge would carry 300. The gather is a ring on either; staged, both are the same.
+    """
+    over_gloo = predict(topology(4, 2, 4), [unit(gathers=1)], micro_steps=1, hierarchical=False, backend="gloo")
+    assert over_gloo.nic_bytes == {"hop1_all_gather": 600.0, "hop1_reduce_scatter": 400.0, "hop2_all_reduce": 0.0}
+    on_nccl = predict(topology(4, 2, 4), [unit(gathers=1)], micro_steps=1, hierarchical=False)
+    assert over_gloo.per_rank == on_nccl.per_rank
+    staged = [predict(topology(4, 2, 4), [unit()], micro_steps=1, backend=backend) for backend in ("gloo", "nccl")]
+    assert staged[0] == staged[1]
+
+
+def test_bytes_that_were_counted_cross_nodes_as_the_prediction_says():
+    for partition in (1, 2, 8):
+        t = topology(8, 2, partition)
+        for hierarchical, backend in ((True, "gloo"), (False, "gloo"), (False, "nccl")):
+            traffic = predict(t, [unit()], micro_steps=2, hierarchical=hierarchical, backend=backend)
+            assert node_bytes(t, traffic.per_rank, backend=backend) == sum(traffic.nic_bytes.values())
 
 
 def test_a_partition_of_one_rank_is_plain_data_parallelism():

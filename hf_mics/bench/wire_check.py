@@ -28,6 +28,7 @@ from hf_mics.bench.namespaces import NIC
 from hf_mics.engine import MiCSEngine, apply_mics, mics_engine
 from hf_mics.meter import Key, Tally
 from hf_mics.topology import Topology, valid_partition_sizes
+from hf_mics.traffic import node_bytes
 
 # 2.1 million parameters: megabytes per phase, beside which headers and barriers are small. No size divides by 8.
 _WIDTH, _HIDDEN, _LAYERS = 259, 1021, 4
@@ -69,28 +70,8 @@ def settings(topology: Topology) -> list[Setting]:
 
 
 def nic_bytes(topology: Topology, tallies: Mapping[Key, Tally]) -> float:
-    """Bytes that leave one node's NIC when every rank of it sends what `tallies` say, over gloo; the mean over nodes.
-
-    A ring (gloo's all-gather and all-reduce) sends over the NIC along the edges that leave the node. An exchange (the
-    engine's reduce-scatter over gloo, an all-to-all) sends p - k of each rank's p - 1 slices there. What crosses in the
-    groups between nodes all crosses; what stays inside a node does not.
-    """
-    p, k = topology.partition_size, topology.node_size
-    total = 0.0
-    for (phase, scope), tally in tallies.items():
-        if scope == "inter_node":
-            total += tally.bytes_sent * k
-        elif scope == "replication":
-            total += tally.bytes_sent * _edges(topology, topology.replication_groups)
-        elif scope == "partition" and phase == "reduce_scatter":
-            total += tally.bytes_sent * k * max(0, p - k) / (p - 1)
-        elif scope == "partition":
-            total += tally.bytes_sent * _edges(topology, topology.partition_groups)
-    return total
-
-
-def _edges(topology: Topology, groups: tuple[tuple[int, ...], ...]) -> float:
-    return topology.edges_between_nodes(groups) / topology.node_count
+    """Bytes that leave one node's NIC when every rank sends what `tallies` say, over gloo; the mean over nodes."""
+    return node_bytes(topology, tallies, backend="gloo")
 
 
 def measure(setting: Setting, read_nic: Callable[[], int]) -> list[Measurement]:

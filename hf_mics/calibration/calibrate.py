@@ -11,8 +11,9 @@ from hf_mics.calibration.computing import Computing
 from hf_mics.calibration.fitting import FittedLink, Timing, fit_link, range_of
 from hf_mics.calibration.links import LinkPoint
 from hf_mics.meter import Phase
-from hf_mics.planning.cluster import Accelerator, Backend, Cluster, Lane, Link
+from hf_mics.planning.cluster import Accelerator, Cluster, Lane, Link
 from hf_mics.planning.collective_times import timed
+from hf_mics.traffic import Backend
 
 Fits = dict[tuple[Phase, Lane], FittedLink]
 

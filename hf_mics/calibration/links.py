@@ -17,10 +17,10 @@ from hf_mics.calibration.timing_loop import Call, sampled_s
 from hf_mics.collectives import MiCSAllGather, MiCSReduceScatter
 from hf_mics.hop2 import ReplicationGroup
 from hf_mics.meter import TrafficMeter
-from hf_mics.planning.cluster import Backend
 from hf_mics.planning.collective_times import Load, UnitLoads, unit_loads
 from hf_mics.process_groups import HopGroups, hop_groups
 from hf_mics.topology import Topology
+from hf_mics.traffic import Backend
 
 _DTYPE = torch.float32
 _SMALLEST_BYTES = 1 << 14

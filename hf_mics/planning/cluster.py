@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.meter import Phase
+from hf_mics.traffic import Backend
 
-Backend = Literal["nccl", "gloo"]
 Lane = Literal["intra_node", "inter_node"]
 
 

@@ -21,7 +21,8 @@ import yaml
 
 from hf_mics.errors import ConfigError
 from hf_mics.meter import Phase
-from hf_mics.planning.cluster import Accelerator, Backend, Cluster, Lane, Link, Range
+from hf_mics.planning.cluster import Accelerator, Cluster, Lane, Link, Range
+from hf_mics.traffic import Backend
 
 _REQUIRED = {"name", "nodes", "gpus_per_node", "accelerator", "intra_node", "inter_node", "compute_efficiency"}
 _OPTIONAL = {"update_bytes_per_s", "ring_lockstep", "backend", "collectives", "sources", "measurements"}

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hf_mics.meter import Phase, Scope
-from hf_mics.planning.cluster import Backend, Lane, Rates
+from hf_mics.planning.cluster import Lane, Rates
 from hf_mics.planning.schedule import Stage, Stages
 from hf_mics.topology import Topology
-from hf_mics.traffic import StepTraffic, UnitShape, predict
+from hf_mics.traffic import Backend, StepTraffic, UnitShape, predict
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def unit_loads(
             sends every slice straight to its owner; NCCL coalesces the gathers, and its reduce-scatter is a ring.
     """
     unit = UnitShape(name="", gather_bytes=gather_bytes, reduce_bytes=reduce_bytes, gathers_per_micro_step=1)
-    traffic = predict(topology, [unit], micro_steps=1, hierarchical=hierarchical)
+    traffic = predict(topology, [unit], micro_steps=1, hierarchical=hierarchical, backend=backend)
     gather = _hop1(topology, traffic, "all_gather", backend)
     reduce = _hop1(topology, traffic, "reduce_scatter", backend)
     # The mirror image of a gather: inside the node first.
@@ -95,8 +95,6 @@ def _hop1(topology: Topology, traffic: StepTraffic, phase: Phase, backend: Backe
         return ()
     if m == 1:
         return (Load(phase, "intra_node", p - 1, rank_bytes=sent),)
-    if backend == "gloo" and phase == "reduce_scatter":
-        nic_bytes = topology.node_size * sent * (p - k) / (p - 1)
     rank_bytes = sent if k > 1 else 0.0
     return (Load(phase, "inter_node", m - 1, nic_bytes=nic_bytes, rank_bytes=rank_bytes, inner_steps=p - m),)
 

@@ -234,7 +234,7 @@ def _candidate(request: Request, partition_size: int) -> Candidate:
         memory=memory,
         reserve_bytes=request.reserve_bytes,
         why_not=why_not,
-        traffic=phase_traffic(request.workload, topology, **options),
+        traffic=phase_traffic(request.workload, topology, backend=request.cluster.backend, **options),
         time=predict(request.workload, request.cluster, partition_size=partition_size, **options),
         price_per_hour=request.price_per_hour,
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from hf_mics.planning.timing import System
 from hf_mics.planning.workload import Workload
 from hf_mics.topology import Topology
-from hf_mics.traffic import StepTraffic, UnitShape, predict
+from hf_mics.traffic import Backend, StepTraffic, UnitShape, predict
 
 PHASES = ("hop1_all_gather_forward", "hop1_all_gather_backward", "hop1_reduce_scatter", "hop2_all_reduce")
 
@@ -48,13 +48,19 @@ def unit_shapes(workload: Workload, partition_size: int, *, reduce_width: int | 
 
 
 def predict_step(
-    workload: Workload, topology: Topology, *, system: System = "mics", hierarchical: bool = True
+    workload: Workload,
+    topology: Topology,
+    *,
+    system: System = "mics",
+    hierarchical: bool = True,
+    backend: Backend = "nccl",
 ) -> StepTraffic:
     """Everything that one optimizer step moves.
 
     Args:
         system: "mics" runs hop 2 once; "hsdp" is flat and runs it in every micro-step; "zero3" is flat over all
             GPUs; "zero2" gathers parameters once per step; "ddp" all-reduces fp32 gradients once.
+        backend: decides which of the bytes cross nodes.
     """
     units = unit_shapes(workload, topology.partition_size, reduce_width=4 if system == "ddp" else None)
     steps = workload.accumulation
@@ -63,23 +69,28 @@ def predict_step(
         once = [replace(unit, gathers_per_micro_step=1, reduce_bytes=0) for unit in units]
         never = [replace(unit, gathers_per_micro_step=0) for unit in units]
         return _sum(
-            predict(topology, once, micro_steps=1, hierarchical=staged),
-            predict(topology, never, micro_steps=steps, hierarchical=staged),
+            predict(topology, once, micro_steps=1, hierarchical=staged, backend=backend),
+            predict(topology, never, micro_steps=steps, hierarchical=staged, backend=backend),
         )
     if system == "hsdp":
-        one = predict(topology, units, micro_steps=1, hierarchical=False)
+        one = predict(topology, units, micro_steps=1, hierarchical=False, backend=backend)
         return StepTraffic(
             {key: type(tally)(tally.calls * steps, tally.bytes_sent * steps) for key, tally in one.per_rank.items()},
             {phase: size * steps for phase, size in one.nic_bytes.items()},
         )
-    return predict(topology, units, micro_steps=steps, hierarchical=staged)
+    return predict(topology, units, micro_steps=steps, hierarchical=staged, backend=backend)
 
 
 def phase_traffic(
-    workload: Workload, topology: Topology, *, system: System = "mics", hierarchical: bool = True
+    workload: Workload,
+    topology: Topology,
+    *,
+    system: System = "mics",
+    hierarchical: bool = True,
+    backend: Backend = "nccl",
 ) -> dict[str, PhaseTraffic]:
     """The same by phase, hop 1's gathers split into those for forward and those for backward."""
-    whole = predict_step(workload, topology, system=system, hierarchical=hierarchical)
+    whole = predict_step(workload, topology, system=system, hierarchical=hierarchical, backend=backend)
     forward = backward = 0
     for unit in workload.model.units:
         numel = unit.padded_numel(topology.partition_size)

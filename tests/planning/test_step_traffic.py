@@ -16,6 +16,7 @@ from hf_mics.planning.models import find_model, shape_of_config
 from hf_mics.planning.step_traffic import phase_traffic, predict_step
 from hf_mics.planning.workload import ModelShape, Workload
 from hf_mics.topology import Topology
+from hf_mics.traffic import node_bytes
 from hf_mics.wrapping import plan_units
 from tests import tiny
 from tests.on_ranks import Layout, on_ranks
@@ -59,11 +60,16 @@ def test_planned_bytes_and_calls_are_those_that_the_engine_counts(layout: Layout
             accumulation=MICRO_STEPS,
             precision=precision,  # type: ignore[arg-type]
         )
-        counted = mics_engine(model).meter.read()
-        assert predict_step(workload, topology, hierarchical=hierarchical).per_rank == counted, (name, precision)
-        by_phase = phase_traffic(workload, topology, hierarchical=hierarchical)
+        engine = mics_engine(model)
+        counted = engine.meter.read()
+        planned = predict_step(workload, topology, hierarchical=hierarchical, backend="gloo")
+        assert planned.per_rank == counted, (name, precision)
+        assert planned == engine.predict_step(MICRO_STEPS), "the interface's bytes too, by the engine's own backend"
+        by_phase = phase_traffic(workload, topology, hierarchical=hierarchical, backend="gloo")
         sent = sum(phase.per_gpu for phase in by_phase.values())
         assert sent == pytest.approx(sum(tally.bytes_sent for tally in counted.values()))
+        crossed = sum(phase.nic_per_node for phase in by_phase.values())
+        assert crossed == pytest.approx(node_bytes(topology, counted, backend="gloo"))
 
 
 # One layer of 16 wide and a tied table of 32: numbers small enough to work out by hand.
