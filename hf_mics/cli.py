@@ -7,6 +7,8 @@ one that is asked for is imported, so that help is instant and no command waits 
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 from importlib import import_module
 
@@ -27,11 +29,28 @@ COMMANDS: dict[str, str] = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that `arguments` (default `sys.argv[1:]`) name and returns its exit code.
 
-    A mistake of the user's (a `MiCSError`) is one message on standard error and exit code 2.
+    A mistake of the user's (a `MiCSError`) is one message on standard error and exit code 2. A reader that went away,
+    as in `hf-mics plan ... | head`, is nobody's: exit code 1 without a word.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            # What is still buffered meets the closed pipe here, and not where the interpreter would report it.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
     asked = next((word for word in words if not word.startswith("-")), None)
-    options = _parser(asked).parse_args(words)
+    parser = _parser(asked)
+    if asked is not None and asked not in COMMANDS:
+        near = difflib.get_close_matches(asked, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        parser.error(f"unknown command: expected one of {', '.join(COMMANDS)}, got {asked!r}.{hint}")
+    options = parser.parse_args(words)
     try:
         code: int | None = options.run(options)
     except MiCSError as error:

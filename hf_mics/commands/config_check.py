@@ -74,7 +74,7 @@ def _read(file: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {file!r}: {error.strerror}.") from None
     except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file!r} is not a config file: expected YAML, got an error: {error}") from None
+        raise ConfigError(f"{file!r} is not a config file: expected YAML or JSON, got an error: {error}") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ConfigError(
             f"{file!r} is not an accelerate config: expected settings, one `key: value` a line, as `accelerate config` "

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import get_args
 
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
+from hf_mics.commands.workload_options import add_workload_arguments, workload_from_options
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster, require_positive
 from hf_mics.planning.launch_config import LaunchConfig
 from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
-from hf_mics.planning.models import find_model
 from hf_mics.planning.plan import (
     DEFAULT_RESERVE_BYTES,
     GB,
@@ -26,21 +26,15 @@ from hf_mics.planning.plan import (
     state_fits,
 )
 from hf_mics.planning.timing import System
-from hf_mics.planning.workload import OptimizerName, Precision, Workload
+from hf_mics.planning.workload import Workload
 from hf_mics.topology import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    parser.add_argument("--model", required=True, help="preset, config.json, folder or hub name")
+    add_workload_arguments(parser, accumulation="micro-steps per optimizer step (default 1)")
     parser.add_argument("--nodes", type=int, help="machines (default: the cluster file's, or 1)")
     parser.add_argument("--world-size", type=int, help="GPUs in all, to be checked against nodes x GPUs per node")
-    parser.add_argument("--seq-length", type=int, help="tokens per sequence (default: the model's context)")
-    parser.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU and micro-step (default 1)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-steps per optimizer step (default 1)")
-    parser.add_argument("--precision", choices=get_args(Precision), default="bf16", help="default bf16")
-    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw", help="default adamw")
-    parser.add_argument("--no-activation-checkpointing", action="store_true", help="layers are not recomputed")
     parser.add_argument("--cpu-offload", action="store_true", help="parameters and optimizer state in host memory")
     parser.add_argument("--system", choices=get_args(System), default="mics", help="plan a peer instead of MiCS")
     parser.add_argument("--flat", action="store_true", help="one-stage collectives in groups that span nodes")
@@ -75,7 +69,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    model = find_model(options.model)
+    if options.model is None:
+        raise ConfigError("no model: expected --model PRESET, config.json, folder or hub name.")
+    workload = workload_from_options(options, accumulation=1, cpu_offload=options.cpu_offload)
     cluster = cluster_from_options(options, options.nodes)
     _check_world_size(options.world_size, cluster)
     if options.price_per_hour is not None:
@@ -87,16 +83,6 @@ def _request(options: argparse.Namespace) -> Request:
         )
     if options.probe and options.system != "mics":
         raise ConfigError("--probe runs the engine's own layout: it goes with --system mics only.")
-    workload = Workload(
-        model=model,
-        seq_length=model.context_length if options.seq_length is None else options.seq_length,
-        micro_batch=options.micro_batch,
-        accumulation=options.accumulation,
-        precision=options.precision,
-        optimizer=options.optimizer,
-        activation_checkpointing=not options.no_activation_checkpointing,
-        cpu_offload=options.cpu_offload,
-    )
     request = Request(
         workload=workload,
         cluster=cluster,

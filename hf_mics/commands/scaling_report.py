@@ -30,6 +30,8 @@ class ScalingReport:
         Raises:
             ConfigError: one exists and `force` is False, or the folder cannot be; then nothing is written.
         """
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--plots must be a folder, got the file {str(folder)!r}.")
         paths = [folder / f"{name}.png" for name in self.pictures]
         present = [str(path) for path in paths if path.exists()]
         if present and not force:

@@ -11,31 +11,28 @@ from typing import get_args
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
 from hf_mics.commands.paper_figures import paper_report
 from hf_mics.commands.scaling_report import ScalingReport, scaling_table
+from hf_mics.commands.workload_options import add_workload_arguments, given_or, workload_from_options
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
-from hf_mics.planning.models import find_model
 from hf_mics.planning.scaling import ScalePoint, Scaling, simulate, sizes_between, smallest_partition
 from hf_mics.planning.scaling_plots import Panel
 from hf_mics.planning.timing import System
-from hf_mics.planning.workload import OptimizerName, Precision, Workload
+from hf_mics.planning.workload import Workload
+
+# What can be said beside --paper; the first two are the command line's own.
+_WITH_PAPER = ("command", "run", "paper", "plots", "force", "json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("--paper", action="store_true", help="redraw the published MiCS figures, their points on top")
-    parser.add_argument("--model", help="preset, config.json, folder or hub name")
-    parser.add_argument("--seq-length", type=int, help="tokens per sequence (default: the model's context)")
-    parser.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU and micro-step (default 1)")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro-steps, weak scaling (default 4)")
+    add_workload_arguments(parser, accumulation="micro-steps, weak scaling (default 4)")
     parser.add_argument("--global-batch", type=int, help="sequences, strong scaling (default micro-batch x --to-gpus)")
-    parser.add_argument("--precision", choices=get_args(Precision), default="bf16", help="default bf16")
-    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw", help="default adamw")
-    parser.add_argument("--no-activation-checkpointing", action="store_true", help="layers are not recomputed")
     parser.add_argument("--partition-size", type=int, help="GPUs in a partition group (default: fewest that fit)")
-    parser.add_argument("--systems", nargs="+", choices=get_args(System), default=["mics", "zero3", "hsdp"])
-    parser.add_argument("--scaling", choices=(*get_args(Scaling), "both"), default="both", help="default both")
-    parser.add_argument("--from-gpus", type=int, default=8, help="smallest number of GPUs (default 8)")
-    parser.add_argument("--to-gpus", type=int, default=16384, help="largest, by doubling (default 16384)")
+    parser.add_argument("--systems", nargs="+", choices=get_args(System), help="default mics zero3 hsdp")
+    parser.add_argument("--scaling", choices=(*get_args(Scaling), "both"), help="default both")
+    parser.add_argument("--from-gpus", type=int, help="smallest number of GPUs (default 8)")
+    parser.add_argument("--to-gpus", type=int, help="largest, by doubling (default 16384)")
     add_cluster_arguments(parser)
     parser.add_argument("--plots", metavar="FOLDER", help="write a PNG of each table there")
     parser.add_argument("--force", action="store_true", help="overwrite them")
@@ -44,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Predicts, draws if asked to, and prints."""
-    if options.paper and (options.model or options.instance or options.cluster):
-        raise ConfigError("--paper has models and instances of its own; leave out --model, --instance and --cluster.")
+    if options.paper:
+        _refuse_beside_paper(options)
     report = paper_report() if options.paper else _report(options)
     paths = report.save_pictures(Path(options.plots), force=options.force) if options.plots else []
     if options.json:
@@ -60,10 +57,26 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
+def _refuse_beside_paper(options: argparse.Namespace) -> None:
+    """The published figures fix everything but where the report goes."""
+    ignored = [
+        "--" + name.replace("_", "-")
+        for name, value in vars(options).items()
+        if name not in _WITH_PAPER and value is not None and value is not False
+    ]
+    if ignored:
+        raise ConfigError(
+            f"--paper redraws published figures, whose models, clusters and sizes are fixed: leave out "
+            f"{', '.join(ignored)}, or leave out --paper."
+        )
+
+
 def _report(options: argparse.Namespace) -> ScalingReport:
+    if options.model is None:
+        raise ConfigError("no model: expected --model PRESET, config.json, folder or hub name, or --paper.")
     cluster = cluster_from_options(options, None)
-    sizes = sizes_between(options.from_gpus, options.to_gpus)
-    scalings = get_args(Scaling) if options.scaling == "both" else (options.scaling,)
+    sizes = sizes_between(given_or(options.from_gpus, 8), given_or(options.to_gpus, 16384))
+    scalings = get_args(Scaling) if given_or(options.scaling, "both") == "both" else (options.scaling,)
     partition_size = options.partition_size
     if partition_size is None:
         partition_size = smallest_partition(_workload(options, "weak", sizes), cluster.with_world_size(sizes[-1]))
@@ -75,7 +88,7 @@ def _report(options: argparse.Namespace) -> ScalingReport:
             workload,
             cluster,
             scaling=scaling,
-            systems=tuple(dict.fromkeys(options.systems)),
+            systems=tuple(dict.fromkeys(given_or(options.systems, ("mics", "zero3", "hsdp")))),
             world_sizes=sizes,
             partition_size=partition_size,
         )
@@ -95,33 +108,23 @@ def _report(options: argparse.Namespace) -> ScalingReport:
 
 
 def _workload(options: argparse.Namespace, scaling: Scaling, sizes: list[int]) -> Workload:
-    if options.model is None:
-        raise ConfigError("no model: expected --model PRESET, config.json, folder or hub name, or --paper.")
-    model = find_model(options.model)
-    workload = Workload(
-        model=model,
-        seq_length=model.context_length if options.seq_length is None else options.seq_length,
-        micro_batch=options.micro_batch,
-        accumulation=options.accumulation,
-        precision=options.precision,
-        optimizer=options.optimizer,
-        activation_checkpointing=not options.no_activation_checkpointing,
-    )
+    workload = workload_from_options(options, accumulation=4)
     if scaling == "weak":
         return workload
-    return replace(workload, accumulation=_micro_steps_at_smallest(options, sizes))
+    steps = _micro_steps_at_smallest(options.global_batch, workload.micro_batch, sizes)
+    return replace(workload, accumulation=steps)
 
 
-def _micro_steps_at_smallest(options: argparse.Namespace, sizes: list[int]) -> int:
+def _micro_steps_at_smallest(global_batch: int | None, micro_batch: int, sizes: list[int]) -> int:
     """Micro-steps at the smallest size that make up the global batch of strong scaling."""
-    batch = options.micro_batch * sizes[-1] if options.global_batch is None else options.global_batch
-    at_once = options.micro_batch * sizes[0]
+    batch = micro_batch * sizes[-1] if global_batch is None else global_batch
+    at_once = micro_batch * sizes[0]
     if batch < at_once or batch % at_once:
         raise ConfigError(
-            f"the global batch must be a multiple of micro-batch x smallest number of GPUs, {options.micro_batch} x "
+            f"the global batch must be a multiple of micro-batch x smallest number of GPUs, {micro_batch} x "
             f"{sizes[0]} = {at_once} sequences, got {batch}."
         )
-    return int(batch // at_once)
+    return batch // at_once
 
 
 def _panel(scaling: Scaling, workload: Workload, cluster: Cluster, points: list[ScalePoint]) -> Panel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_mics.errors import ConfigError
+from hf_mics.planning.new_file import write_new
 from hf_mics.planning.workload import Precision, require_count
 from hf_mics.topology import Topology
 
@@ -96,18 +96,3 @@ class LaunchConfig:
             ConfigError: the file exists and `force` is not set, or cannot be written.
         """
         write_new(path, self.yaml(), force=force)
-
-
-def write_new(path: Path, text: str, *, force: bool) -> None:
-    """Writes `text`, never over another file unless `force` says so.
-
-    Raises:
-        ConfigError: the file exists, or cannot be written.
-    """
-    try:
-        with path.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{str(path)!r} exists: choose another name, or overwrite it with --force.") from None
-    except OSError as error:
-        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}.") from None

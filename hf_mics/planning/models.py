@@ -24,6 +24,8 @@ def find_model(text: str) -> ModelShape:
     Raises:
         ConfigError: it is none of these, or a model of a kind that is not planned for.
     """
+    if not text.strip():
+        raise ConfigError(f"no model: expected a preset, config.json, folder or hub name, got {text!r}.")
     if text in PRESETS:
         return _from_preset(text, PRESETS[text])
     path = Path(text).expanduser()

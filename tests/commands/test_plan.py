@@ -83,7 +83,7 @@ def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.Capt
     file = tmp_path / "mics.yaml"
     file.write_text("mine")
     assert main([*SMALL.split(), "--save", str(file)]) == 2
-    assert "exists: choose another name, or overwrite it with --force" in capsys.readouterr().err
+    assert "exists and is not overwritten: choose another name, or add --force" in capsys.readouterr().err
     assert file.read_text() == "mine"
     assert main([*SMALL.split(), "--save", str(file), "--force"]) == 0
     assert "distributed_type: FSDP" in file.read_text()
@@ -96,6 +96,7 @@ def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.Capt
     [
         (["--instance", "p4d.24xlarg"], "Did you mean p4d.24xlarge"),
         (["--model", "gpt-175"], "Did you mean 'gpt-175b'"),
+        (["--model", ""], "no model: expected a preset"),
         (["--model", "somebody/something"], "could be had from the Hugging Face hub"),
         (["--micro-batch", "0"], "micro_batch must be a positive integer, got 0"),
         (["--accumulation", "-4"], "accumulation must be a positive integer, got -4"),
@@ -129,6 +130,23 @@ def test_rates_must_be_positive(capsys: pytest.CaptureFixture[str], rate: str, v
     capsys.readouterr()
     assert main(["plan", "--model", "gpt2", *rates.split(), f"{rate}={value}"]) == 2
     assert "must be a positive number" in capsys.readouterr().err
+
+
+def test_a_command_that_there_is_not_is_refused_with_the_nearest_name(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plna", "--model", "gpt2"])
+    assert stopped.value.code == 2
+    assert "got 'plna'. Did you mean plan?" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
+    """As `| head` does. Closed before the first word, so that the very first write meets it."""
+    words = [sys.executable, "-m", "hf_mics.cli", *LARGE.split()]
+    for arguments in ([*words, "--json"], words, [*words[:3], "--help"]):
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+            command.stdout.close()
+            assert command.stderr.read() == ""
+            assert command.wait(timeout=60) == 1
 
 
 def test_neither_torch_nor_transformers_is_loaded():

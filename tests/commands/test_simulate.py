@@ -163,7 +163,12 @@ def test_the_paper_s_figures_hold_every_published_point(tmp_path: Path, capsys: 
         ([*SMALL, "--micro-batch", "-1"], "micro_batch must be a positive integer, got -1"),
         ([*SMALL, "--seq-length", "4096"], "seq_length must not exceed"),
         ([*SMALL, "--global-batch", "3"], "must be a multiple of micro-batch x smallest number of GPUs, 1 x 8 = 8"),
-        ([*SMALL, "--paper"], "--paper has models and instances of its own"),
+        ([*SMALL, "--paper"], "fixed: leave out --model, --partition-size, --instance, or leave out --paper"),
+        (["simulate", "--paper", "--micro-batch", "0"], "leave out --micro-batch, or"),
+        (
+            ["simulate", "--paper", "--systems", "mics", "--nic", "100", "--to-gpus", "16384"],
+            "--systems, --to-gpus, --nic",
+        ),
         ([*SMALL[:3], "--cluster", "nowhere.json"], "cannot read 'nowhere.json'"),
         (
             ["simulate", "--model", "gpt-175b", *SMALL[3:5], "--to-gpus", "32"],
