@@ -1,4 +1,4 @@
-"""How is a planned model built to be probed: the transformers model, with attention that keeps no scores?"""
+"""How is a planned model built to be measured, or to be probed: with attention that keeps no scores?"""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from transformers.integrations.sdpa_attention import create_position_bias_mask
 from hf_mics.planning.workload import ModelShape
 
 
-def build_model(shape: ModelShape, depths: tuple[int, ...]) -> nn.Module:
+def plain_model(shape: ModelShape, depths: tuple[int, ...]) -> nn.Module:
     """The model with `depths` layers in its stack (of T5, in encoder and decoder), in training mode."""
-    model = _BUILDERS[shape.family](shape, depths).train()
+    return _BUILDERS[shape.family](shape, depths).train()
+
+
+def build_model(shape: ModelShape, depths: tuple[int, ...]) -> nn.Module:
+    """The same with attention that keeps no scores, for probes."""
+    model = plain_model(shape, depths)
     model.set_attn_implementation(_PROBE)  # type: ignore[operator]
     return model
 

@@ -57,32 +57,35 @@ def calibrated_cluster(
         raise AssertionError("a cluster of one rank has nothing to measure")
     measured = f"measured over {backend}, {nodes} nodes of {node_size}"
     inside = measured if node_size > 1 else "not measured: one rank per node, so nothing stays inside"
-    efficiency = [rate / computing.peak_flops_per_s for rate in computing.layer_flops_per_s]
+    peak = computing.peak_flops_per_s
+    on_all = f"on all {nodes * node_size} ranks"
     return Cluster(
         name=name,
         nodes=nodes,
         gpus_per_node=node_size,
         backend=backend,
-        accelerator=Accelerator(
-            name=device_name, memory_bytes=memory_bytes, peak_flops_per_s=computing.peak_flops_per_s
-        ),
+        accelerator=Accelerator(name=device_name, memory_bytes=memory_bytes, peak_flops_per_s=peak),
         intra_node=intra,
         inter_node=inter,
         collectives=links,
-        compute_efficiency=range_of([min(1.0, value) for value in efficiency]),
+        compute_efficiency=range_of([rate / peak for rate in computing.layer_flops_per_s], most=1.0),
+        head_efficiency=range_of([rate / peak for rate in computing.head_flops_per_s], most=1.0),
         update_bytes_per_s=range_of(computing.update_bytes_per_s),
+        update_s_per_tensor=range_of(computing.update_s_per_tensor),
         sources={
             "intra_node": inside,
             "inter_node": measured if inter else "not measured: one node",
-            "compute_efficiency": f"measured: one layer, forward and backward, on all {nodes * node_size} ranks",
-            "update_bytes_per_s": "measured: AdamW",
+            "compute_efficiency": f"measured: one layer, forward and backward, {on_all}",
+            "head_efficiency": f"measured: the model without layers, forward and backward, {on_all}",
+            "update_bytes_per_s": f"measured: AdamW {on_all}",
+            "update_s_per_tensor": f"measured: AdamW on small tensors {on_all}",
             "ring_lockstep": "not measured; of flat collectives over several nodes",
         },
     )
 
 
 def compare_gathers(points: Sequence[LinkPoint], cluster: Cluster) -> list[Comparison]:
-    """The gathers over the whole job, flat and hierarchical, against the middle of the fitted ranges."""
+    """The gathers over the whole job, flat and hierarchical, against the fit."""
     rates = cluster.rates(0.5)
     return [
         Comparison(

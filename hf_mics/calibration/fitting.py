@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
-from scipy.stats import median_abs_deviation
 
 from hf_mics.errors import MiCSError
 from hf_mics.planning.cluster import Link, Range
+
+# A range goes from the 5 % to the 95 % quantile of what was measured, and at least this factor either way: repeats
+# within minutes cannot show how two days differ. Two runs on one machine differed by about that much.
+SPREAD_QUANTILES = (0.05, 0.95)
+LEAST_SPREAD = 1.05
 
 
 class Timing(NamedTuple):
@@ -23,63 +27,70 @@ class Timing(NamedTuple):
 
 
 class FittedLink(NamedTuple):
-    """seconds = steps * latency_s + bytes / bandwidth_bytes_per_s, within a factor of `spread` either way.
+    """seconds = steps * latency_s + bytes / bandwidth_bytes_per_s, times a factor from `fast` to `slow`.
 
-    `spread` is one robust standard deviation of log(measured / fitted) over all samples of all sizes.
+    `fast` <= 1 <= `slow` are quantiles of measured / fitted over all samples, weighted as the fit is.
     """
 
     latency_s: float
     bandwidth_bytes_per_s: float
-    spread: float
+    fast: float
+    slow: float
 
     @property
     def link(self) -> Link:
-        """The fit as ranges: each constant from a spread below to a spread above."""
+        """The fit as ranges around it."""
+        latency, bandwidth = self.latency_s, self.bandwidth_bytes_per_s
         return Link(
-            bandwidth_bytes_per_s=_around(self.bandwidth_bytes_per_s, self.spread),
-            latency_s=_around(self.latency_s, self.spread),
+            bandwidth_bytes_per_s=Range(bandwidth / self.slow, bandwidth / self.fast, bandwidth),
+            latency_s=Range(latency * self.fast, latency * self.slow, latency),
         )
 
 
 def fit_link(timings: Sequence[Timing]) -> FittedLink:
-    """Fits latency and bandwidth to the medians, in logarithms, so that small and large sizes weigh the same.
+    """Fits latency and bandwidth to the medians, in logarithms, each size weighted by the seconds that it takes.
+
+    Training waits for large messages, in which seconds are spent; weighted alike, many small sizes would bend the
+    bandwidth to what the noise of their latency asks for. The latency is still theirs: it changes nothing else.
 
     Raises:
         MiCSError: fewer than two sizes.
     """
     if len({timing.load_bytes for timing in timings}) < 2:
         raise MiCSError(
-            "a latency and a bandwidth need at least two message sizes, and this link was too slow for more than one. "
-            "Raise --limit-s."
+            "a latency and a bandwidth need at least two message sizes, and this link was too slow, or --largest-mb "
+            "too small, for more than one. Raise --limit-s or --largest-mb."
         )
     loads = np.array([timing.load_bytes for timing in timings])
     steps = np.array([timing.steps for timing in timings], dtype=float)
     medians = np.array([median(timing.seconds) for timing in timings])
+    weights = medians / medians.sum()
 
     def fitted(logs: np.ndarray) -> np.ndarray:
         latency, seconds_per_byte = np.exp(logs)
         return steps * latency + loads * seconds_per_byte
 
     start = np.log([medians.min() / steps.max(), medians.max() / loads.max()])
-    # The soft loss keeps one size at which the backend changes its algorithm from bending the whole line.
-    found = least_squares(lambda logs: np.log(fitted(logs) / medians), start, loss="soft_l1", f_scale=0.1).x
-    samples = [
-        np.log(np.array(timing.seconds) / expected) for timing, expected in zip(timings, fitted(found), strict=True)
-    ]
-    spread = np.exp(median_abs_deviation(np.concatenate(samples), center=_zero, scale="normal"))
+    # Of weights that span four orders of magnitude the smallest decide on the latency: converge for them too.
+    found = least_squares(
+        lambda logs: np.sqrt(weights) * np.log(fitted(logs) / medians), start, x_scale="jac", ftol=1e-14, xtol=1e-12
+    ).x
+    ratios = [np.array(timing.seconds) / expected for timing, expected in zip(timings, fitted(found), strict=True)]
+    shares = [np.full(len(ratio), weight / len(ratio)) for ratio, weight in zip(ratios, weights, strict=True)]
+    fast, slow = np.quantile(
+        np.concatenate(ratios), SPREAD_QUANTILES, weights=np.concatenate(shares), method="inverted_cdf"
+    )
     latency_s, seconds_per_byte = np.exp(found)
-    return FittedLink(float(latency_s), float(1 / seconds_per_byte), float(spread))
+    return FittedLink(
+        float(latency_s),
+        float(1 / seconds_per_byte),
+        min(float(fast), 1 / LEAST_SPREAD),
+        max(float(slow), LEAST_SPREAD),
+    )
 
 
-def range_of(values: Sequence[float]) -> Range:
-    """From the lower to the upper quartile of `values`."""
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return Range(low, high)
-
-
-def _around(value: float, spread: float) -> Range:
-    return Range(value / spread, value * spread)
-
-
-def _zero(values: np.ndarray, axis: int | None = None) -> float:
-    return 0.0
+def range_of(values: Sequence[float], *, most: float = np.inf) -> Range:
+    """The range of what was measured around its median, as wide as links' are; nothing of it above `most`."""
+    typical = min(median(values), most)
+    low, high = np.quantile(values, SPREAD_QUANTILES)
+    return Range(min(float(low), typical / LEAST_SPREAD), min(max(float(high), typical * LEAST_SPREAD), most), typical)

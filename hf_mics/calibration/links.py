@@ -50,32 +50,43 @@ class _Probe(NamedTuple):
 
 
 def measure_links(
-    node_size: int, device: torch.device, *, largest_bytes: int, limit_s: float, samples: int
-) -> Iterator[LinkPoint]:
+    node_size: int, device: torch.device, *, largest_bytes: int, limit_s: float, samples: int, rounds: int = 1
+) -> list[LinkPoint]:
     """Times every collective at growing unit sizes; a collective of all ranks.
+
+    The samples of a size are taken in several rounds over everything, so that they lie minutes rather than moments
+    apart and hold what changes on the machine and in the network meanwhile.
 
     Args:
         node_size: ranks per node (k).
         largest_bytes: of the largest unit, all shards together.
         limit_s: sizes stop growing once a call takes longer.
-        samples: per size.
+        samples: per size and round.
+        rounds: how often everything is gone through.
 
-    Yields:
+    Returns:
         LinkPoints named all_gather, reduce_scatter and all_reduce on one lane each, from which links are fitted; and,
         on several nodes of several ranks, flat and hierarchical gathers over the whole job, to compare with the fit.
     """
     backend: Backend = "gloo" if device.type == "cpu" else "nccl"
-    for probe in _probes(node_size, device):
-        size = _SMALLEST_BYTES
-        while size <= largest_bytes:
-            elements = size // _DTYPE.itemsize // dist.get_world_size() * dist.get_world_size()
-            unit_bytes = elements * _DTYPE.itemsize
-            loads = unit_loads(probe.topology, unit_bytes, unit_bytes, hierarchical=probe.hierarchical, backend=backend)
-            seconds = sampled_s(probe.prepare(elements), device, samples=samples, sample_s=limit_s / 10)
-            yield LinkPoint(probe.name, unit_bytes, probe.loads(loads), seconds)
-            if sorted(seconds)[len(seconds) // 2] > limit_s:
-                break
-            size *= _GROWTH
+    probes = list(_probes(node_size, device))
+    points: dict[tuple[int, int], LinkPoint] = {}
+    for _ in range(rounds):
+        for number, probe in enumerate(probes):
+            size = _SMALLEST_BYTES
+            while size <= largest_bytes:
+                elements = size // _DTYPE.itemsize // dist.get_world_size() * dist.get_world_size()
+                unit_bytes = elements * _DTYPE.itemsize
+                seconds = sampled_s(probe.prepare(elements), device, samples=samples, sample_s=limit_s / 10)
+                loads = unit_loads(
+                    probe.topology, unit_bytes, unit_bytes, hierarchical=probe.hierarchical, backend=backend
+                )
+                point = LinkPoint(probe.name, unit_bytes, probe.loads(loads), [])
+                points.setdefault((number, size), point).seconds.extend(seconds)
+                if sorted(seconds)[len(seconds) // 2] > limit_s:
+                    break
+                size *= _GROWTH
+    return list(points.values())
 
 
 def _probes(node_size: int, device: torch.device) -> Iterator[_Probe]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from hf_mics.errors import ConfigError, MiCSError
 from hf_mics.planning.cluster import require_positive
 from hf_mics.planning.models import find_model
+from hf_mics.planning.new_file import already_there
+from hf_mics.planning.workload import Workload
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from hf_mics.planning.workload import ModelShape
 
 _LAUNCH = "accelerate launch --config_file mics.yaml -m hf_mics.cli measure --output cluster.json"
+_ROUNDS = 3
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -34,16 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="measured", help="what to call the cluster")
     parser.add_argument(
         "--model",
-        help="model whose layer is computed, best the one that will be trained: preset, config.json, folder or hub "
-        "name (default: gpt2 on CPUs, gpt2-xl on GPUs)",
+        help="model of which one layer, the head and the optimizer are timed, best the one that will be trained: "
+        "preset, config.json, folder or hub name (default: gpt2 on CPUs, gpt2-xl on GPUs)",
     )
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence of that layer (default 512)")
-    parser.add_argument("--micro-batch", type=int, default=1, help="sequences of that layer (default 1)")
+    parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence of that model (default 512)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences that it computes at a time (default 1)")
     parser.add_argument("--largest-mb", type=float, default=256.0, help="largest unit to gather, in MB (default 256)")
     parser.add_argument(
         "--limit-s", type=float, default=1.0, help="no larger size once a call takes this long (default 1 s)"
     )
-    parser.add_argument("--samples", type=int, default=7, help="samples per point (default 7)")
+    parser.add_argument("--samples", type=int, default=7, help="samples per point, at least (default 7)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,6 +71,9 @@ def _run(options: argparse.Namespace) -> int:
 
     on_gpu = torch.accelerator.is_available()
     model = find_model(options.model or ("gpt2-xl" if on_gpu else "gpt2"))
+    Workload(
+        model=model, seq_length=options.seq_length, micro_batch=options.micro_batch
+    )  # refuses sizes it cannot read
     device = torch.device("cpu")
     if on_gpu:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -105,7 +111,7 @@ def _check_together(options: argparse.Namespace, node_size: int) -> None:
     def say() -> int:
         path = Path(options.output)
         if dist.get_rank() == 0 and path.exists() and not options.force:
-            raise ConfigError(f"{path} exists and is not overwritten; choose another name or add --force.")
+            raise already_there(path)
         if dist.get_rank() == 0 and not path.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {str(path)!r}: no such folder.")
         return node_size
@@ -121,20 +127,25 @@ def _measure(
     import torch.distributed as dist
 
     from hf_mics.calibration.calibrate import as_records, calibrated_cluster, compare_gathers, fit_links
-    from hf_mics.calibration.computing import measure_computing
+    from hf_mics.calibration.computing import Computing, measure_computing
     from hf_mics.calibration.links import measure_links
     from hf_mics.planning.cluster_file import save_cluster
 
-    points = list(
-        measure_links(
-            node_size,
-            device,
-            largest_bytes=int(options.largest_mb * 1e6),
-            limit_s=options.limit_s,
-            samples=options.samples,
-        )
+    def compute() -> Computing:
+        samples = -(-options.samples // 2)
+        return measure_computing(model, options.seq_length, options.micro_batch, device, samples=samples)
+
+    # Before and after the links, which are gone through again and again: repeats should lie apart.
+    before = compute()
+    points = measure_links(
+        node_size,
+        device,
+        largest_bytes=int(options.largest_mb * 1e6),
+        limit_s=options.limit_s,
+        samples=-(-options.samples // _ROUNDS),
+        rounds=_ROUNDS,
     )
-    computing = measure_computing(model, options.seq_length, options.micro_batch, device, samples=options.samples)
+    computing = before.joined(compute())
     fits = fit_links(points)
     cluster = calibrated_cluster(
         name=options.name,
@@ -172,10 +183,14 @@ def _report(cluster: Cluster, fits: Fits, comparisons: list[Comparison]) -> None
     from rich.table import Table
 
     console = Console()
-    table = Table("collective", "lane", "latency per step (us)", "bandwidth (GB/s)", "spread", box=box.SIMPLE)
+    table = Table("collective", "lane", "latency per step (us)", "bandwidth (GB/s)", "times within", box=box.SIMPLE)
     table.title = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.accelerator.name} over {cluster.backend}"
     for (phase, lane), fit in fits.items():
-        row = (f"{fit.latency_s * 1e6:.1f}", f"{fit.bandwidth_bytes_per_s / 1e9:.4g}", f"x{fit.spread:.2f}")
+        row = (
+            f"{fit.latency_s * 1e6:.1f}",
+            f"{fit.bandwidth_bytes_per_s / 1e9:.4g}",
+            f"x{fit.fast:.2f} to x{fit.slow:.2f}",
+        )
         table.add_row(phase, lane, *row)
     console.print(table)
     if comparisons:
@@ -183,7 +198,8 @@ def _report(cluster: Cluster, fits: Fits, comparisons: list[Comparison]) -> None
         for c in comparisons:
             table.add_row(c.name, f"{c.unit_bytes:,}", f"{c.measured_s * 1e3:.3f}", f"{c.predicted_s * 1e3:.3f}")
         console.print(table)
-    efficiency, peak = cluster.compute_efficiency, cluster.accelerator.peak_flops_per_s
-    print(f"one layer computes at {efficiency.low:.0%} to {efficiency.high:.0%} of {peak / 1e12:.4g} TFLOP/s")
+    efficiency, peak, head = cluster.compute_efficiency, cluster.accelerator.peak_flops_per_s, cluster.head_efficiency
+    rest = "" if head is None else f", the head with all else at {head.low:.1%} to {head.high:.1%}"
+    print(f"layers compute at {efficiency.low:.1%} to {efficiency.high:.1%} of {peak / 1e12:.4g} TFLOP/s{rest}")
     if cluster.inter_node is None:
         print("one node: links between nodes were not measured")

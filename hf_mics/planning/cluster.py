@@ -22,16 +22,22 @@ Lane = Literal["intra_node", "inter_node"]
 class Range:
     """Everything from `low` to `high`, both included; equal when the value is known.
 
+    Args:
+        typical: the value that was found most often, where it was measured; None is the middle.
+
     Raises:
         ConfigError: not finite, negative, or in the wrong order.
     """
 
     low: float
     high: float
+    typical: float | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.low <= self.high < math.inf):
             raise ConfigError(f"a range must be 0 <= low <= high and finite, got {self.low!r} to {self.high!r}.")
+        if self.typical is not None and not self.low <= self.typical <= self.high:
+            raise ConfigError(f"a range's typical value must lie in it, got {self.typical!r} of {_span(self)}.")
 
     @classmethod
     def exactly(cls, value: float) -> Range:
@@ -40,11 +46,16 @@ class Range:
 
     def scaled(self, factor: float) -> Range:
         """Both ends times `factor`."""
-        return Range(self.low * factor, self.high * factor)
+        typical = None if self.typical is None else self.typical * factor
+        return Range(self.low * factor, self.high * factor, typical)
 
     def at(self, fraction: float) -> float:
-        """The value at `fraction` of the way from low (0) to high (1)."""
-        return self.low + fraction * (self.high - self.low)
+        """The value at `fraction` of the way from low (0) through the typical one (0.5) to high (1)."""
+        if self.typical is None:
+            return self.low + fraction * (self.high - self.low)
+        if fraction <= 0.5:
+            return self.low + 2 * fraction * (self.typical - self.low)
+        return self.typical + (2 * fraction - 1) * (self.high - self.typical)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +104,16 @@ class Accelerator:
 class Rates:
     """A cluster at one point of its ranges: plain numbers, from which a time can be computed.
 
-    `links` holds (latency_s, bandwidth_bytes_per_s) by lane and, where measured, by (phase, lane); `ring_lockstep` is
-    as in `Cluster`.
+    `links` holds (latency_s, bandwidth_bytes_per_s) by lane and, where measured, by (phase, lane); `head_flops_per_s`
+    is None where the head computes at `flops_per_s`; the rest is as in `Cluster`.
     """
 
     flops_per_s: float
     update_bytes_per_s: float | None
     links: Mapping[Lane | tuple[Phase, Lane], tuple[float, float]]
     ring_lockstep: float = 0.0
+    head_flops_per_s: float | None = None
+    update_s_per_tensor: float = 0.0
 
     def link(self, phase: Phase, lane: Lane) -> tuple[float, float]:
         """(latency_s, bandwidth_bytes_per_s) of `phase` on `lane`."""
@@ -119,10 +132,13 @@ class Cluster:
         intra_node: the link between the GPUs of a node; per GPU.
         inter_node: a node's network interface; per node. None when it was not measured; then there is one node.
         compute_efficiency: fraction of the peak that forward and backward reach while nothing is waited for.
+        head_efficiency: the same of the operations of the head, with everything else outside layers (embeddings, loss)
+            charged to them; None takes `compute_efficiency`.
         update_bytes_per_s: memory traffic of the optimizer step; None leaves the step out.
+        update_s_per_tensor: what the optimizer takes for each parameter tensor besides; None is nothing.
         ring_lockstep: what a step inside a node costs on a ring that also goes between nodes: 0 that link's own
             latency, as NCCL's tuning model has it; 1 that of the slowest link, as MiCS's model of latency has it.
-        backend: "nccl" communicates beside computing and coalesces small gathers; "gloo" does neither.
+        backend: "nccl" communicates beside computing and coalesces small gathers; "gloo" runs only hop 2 beside it.
         collectives: links by phase, where `hf-mics measure` found that phases differ.
         sources: where each field's value comes from, by field name.
 
@@ -138,6 +154,8 @@ class Cluster:
     inter_node: Link | None
     compute_efficiency: Range
     update_bytes_per_s: Range | None = None
+    update_s_per_tensor: Range | None = None
+    head_efficiency: Range | None = None
     ring_lockstep: Range = Range(0.0, 1.0)
     backend: Backend = "nccl"
     collectives: Mapping[tuple[Phase, Lane], Link] = field(default_factory=dict)
@@ -148,11 +166,10 @@ class Cluster:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{self.name}: {name} must be a positive integer, got {value!r}.")
-        efficiency = self.compute_efficiency
-        if not 0 < efficiency.low <= efficiency.high <= 1:
-            raise ConfigError(
-                f"{self.name}: compute_efficiency must lie above 0 and not above 1, got {_span(efficiency)}."
-            )
+        for name in ("compute_efficiency", "head_efficiency"):
+            efficiency = getattr(self, name)
+            if efficiency is not None and not 0 < efficiency.low <= efficiency.high <= 1:
+                raise ConfigError(f"{self.name}: {name} must lie above 0 and not above 1, got {_span(efficiency)}.")
         if self.backend not in get_args(Backend):
             raise ConfigError(
                 f"{self.name}: backend must be one of {', '.join(get_args(Backend))}, got {self.backend!r}."
@@ -204,10 +221,13 @@ class Cluster:
             links[lane] = _point(link, at[f"{lane}.latency_s"], at[f"{lane}.bandwidth_bytes_per_s"])
         for (phase, lane), link in self.collectives.items():
             links[phase, lane] = _point(link, at[f"{lane}.latency_s"], at[f"{lane}.bandwidth_bytes_per_s"])
-        update = self.update_bytes_per_s
+        peak, head = self.accelerator.peak_flops_per_s, self.head_efficiency
+        update, per_tensor = self.update_bytes_per_s, self.update_s_per_tensor
         return Rates(
-            flops_per_s=self.accelerator.peak_flops_per_s * self.compute_efficiency.at(at["compute_efficiency"]),
+            flops_per_s=peak * self.compute_efficiency.at(at["compute_efficiency"]),
+            head_flops_per_s=None if head is None else peak * head.at(at["head_efficiency"]),
             update_bytes_per_s=None if update is None else update.at(at["update_bytes_per_s"]),
+            update_s_per_tensor=0.0 if per_tensor is None else per_tensor.at(1 - at["update_s_per_tensor"]),
             links=links,
             ring_lockstep=self.ring_lockstep.at(1 - at.get("ring_lockstep", 1.0)),
         )
@@ -216,8 +236,9 @@ class Cluster:
     def constants(self) -> dict[str, Range]:
         """Every number that a predicted time depends on, by name."""
         found = {"compute_efficiency": self.compute_efficiency}
-        if self.update_bytes_per_s is not None:
-            found["update_bytes_per_s"] = self.update_bytes_per_s
+        for name in ("head_efficiency", "update_bytes_per_s", "update_s_per_tensor"):
+            if (known := getattr(self, name)) is not None:
+                found[name] = known
         for lane, link in self._lanes():
             found[f"{lane}.latency_s"] = link.latency_s
             found[f"{lane}.bandwidth_bytes_per_s"] = link.bandwidth_bytes_per_s

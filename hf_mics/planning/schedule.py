@@ -42,7 +42,7 @@ class Segment(NamedTuple):
     hop2: Stages = ()
 
 
-def micro_step_s(segments: Sequence[Segment], *, hop2: bool, overlap: bool) -> float:
+def micro_step_s(segments: Sequence[Segment], *, hop2: bool, overlap: bool, hop2_beside: bool = False) -> float:
     """Seconds of one forward and backward through `segments`, until the compute lane may go on.
 
     Modelled, as torch 2.11 to 2.13 do it: one gather is prefetched (it starts when the computing before it starts), a
@@ -51,10 +51,11 @@ def micro_step_s(segments: Sequence[Segment], *, hop2: bool, overlap: bool) -> f
 
     Args:
         hop2: whether this micro-step ends in hop 2.
-        overlap: False makes every collective wait for computing and computing for it, as gloo does.
+        overlap: False makes every collective wait for computing and computing for it, as over gloo.
+        hop2_beside: without overlap, still runs hop 2 beside what follows it in backward, as the engine does over gloo.
     """
     if not overlap:
-        return sum(_serial_s(segment, hop2) for segment in segments)
+        return _one_by_one(segments, hop2=hop2, beside=hop2_beside)
     lanes = _Lanes()
     clock = _forward(segments, lanes)
     return _backward(segments, lanes, clock, hop2)
@@ -109,9 +110,19 @@ def _backward(segments: Sequence[Segment], lanes: _Lanes, clock: float, hop2: bo
     return max(clock, reduced, synchronized)
 
 
-def _serial_s(segment: Segment, hop2: bool) -> float:
-    communication = sum(stage.seconds for stage in _collectives(segment, hop2))
-    return segment.forward_s + segment.backward_s + communication
+def _one_by_one(segments: Sequence[Segment], *, hop2: bool, beside: bool) -> float:
+    """Nothing overlaps but hop 2, if it runs `beside`; then a link carries what was asked for first."""
+    lanes = _Lanes()
+    clock = synchronized = 0.0
+    for segment in segments:
+        clock = lanes.run(segment.gather_before_forward, clock) + segment.forward_s
+    for segment in reversed(segments):
+        clock = lanes.run(segment.gather_before_backward, clock) + segment.backward_s
+        clock = lanes.run(segment.reduce, clock)
+        if hop2:
+            synchronized = lanes.run(segment.hop2, clock)
+            clock = clock if beside else synchronized
+    return max(clock, synchronized)
 
 
 def _collectives(segment: Segment, hop2: bool) -> Stages:

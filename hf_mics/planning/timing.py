@@ -160,11 +160,15 @@ def step_flops(workload: Workload) -> tuple[float, float]:
 
 
 class _Work(NamedTuple):
-    """A stretch of computing of one micro-step; `unit` is what it gathers before and reduces after, if anything."""
+    """A stretch of computing of one micro-step; `unit` is what it gathers before and reduces after, if anything.
+
+    `is_head` tells operations of the head, which may have an efficiency of their own.
+    """
 
     unit: Unit | None
     forward_flops: float
     recomputed: bool = False
+    is_head: bool = False
 
 
 class _Layout(NamedTuple):
@@ -175,7 +179,10 @@ class _Layout(NamedTuple):
     micro_steps: int
     hop2_always: bool
     update_bytes: float
+    tensors: int
     overlap: bool
+    hop2_beside: bool
+    """Whether hop 2 runs beside backward although nothing else overlaps: the engine's does over gloo."""
     whole_parameters: bool
     """ZeRO-2: every GPU holds all parameters, which are gathered once after the optimizer step, not in micro-steps."""
 
@@ -213,7 +220,9 @@ def _layout(
         micro_steps=workload.accumulation,
         hop2_always=system == "hsdp" or not two_hop,
         update_bytes=float(shard * _UPDATE_BYTES[workload.optimizer]),
+        tensors=sum(len(unit.matrices) for unit in workload.model.units),
         overlap=cluster.backend == "nccl",
+        hop2_beside=system == "mics" and two_hop,
         whole_parameters=system == "zero2",
     )
 
@@ -223,7 +232,7 @@ def _step(layout: _Layout, rates: Rates, implementation: Implementation) -> Step
     overlap = layout.overlap and implementation.overlap
     n = layout.micro_steps
     with_hop2 = n if layout.hop2_always else 1
-    seconds = with_hop2 * micro_step_s(segments, hop2=True, overlap=overlap)
+    seconds = with_hop2 * micro_step_s(segments, hop2=True, overlap=overlap, hop2_beside=layout.hop2_beside)
     held = {lane: with_hop2 * s for lane, s in lane_seconds(segments, hop2=True).items()}
     if n > with_hop2:
         seconds += (n - with_hop2) * micro_step_s(segments, hop2=False, overlap=overlap)
@@ -234,24 +243,27 @@ def _step(layout: _Layout, rates: Rates, implementation: Implementation) -> Step
             held[lane] += s
             seconds += s
     compute = n * sum(segment.forward_s + segment.backward_s for segment in segments)
-    update = layout.update_bytes / rates.update_bytes_per_s if rates.update_bytes_per_s else 0.0
+    update = 0.0
+    if rates.update_bytes_per_s:
+        update = layout.update_bytes / rates.update_bytes_per_s + layout.tensors * rates.update_s_per_tensor
     # Rounding in sums of hundreds of durations must not make a hidden transfer cost less than nothing.
     exposed = max(0.0, seconds - compute)
     return Step(compute + update + exposed, compute, update, held["intra_node"], held["inter_node"], exposed)
 
 
 def _segments(layout: _Layout, rates: Rates, calls: int) -> Iterator[Segment]:
-    made: dict[tuple[int, float, bool], Segment] = {}
+    made: dict[tuple[int, _Work], Segment] = {}
     for work, loads in zip(layout.works, layout.loads, strict=True):
         # Layers are alike: `unit_loads` returns the same object for equal units.
-        key = (id(loads), work.forward_flops, work.recomputed)
+        key = (id(loads), work._replace(unit=None))
         if key not in made:
             made[key] = _segment(work, loads, layout.whole_parameters, rates, calls)
         yield made[key]
 
 
 def _segment(work: _Work, loads: UnitLoads | None, whole_parameters: bool, rates: Rates, calls: int) -> Segment:
-    forward_s = work.forward_flops / rates.flops_per_s
+    own_rate = rates.head_flops_per_s if work.is_head else None
+    forward_s = work.forward_flops / (own_rate or rates.flops_per_s)
     backward_s = (3 if work.recomputed else 2) * forward_s
     if loads is None or work.unit is None:
         return Segment(forward_s, backward_s)
@@ -290,8 +302,9 @@ def _works(workload: Workload) -> list[_Work]:
             works.append(_Work(unit, products + attentions * attention, workload.activation_checkpointing))
         else:
             has_head |= unit.kind == "head"
-            works.append(_Work(unit, head_flops if unit.kind == "head" else 0.0))
-    return works if has_head else [*works, _Work(None, head_flops)]
+            is_head = unit.kind == "head"
+            works.append(_Work(unit, head_flops if is_head else 0.0, is_head=is_head))
+    return works if has_head else [*works, _Work(None, head_flops, is_head=True)]
 
 
 def _notes(workload: Workload, cluster: Cluster) -> Iterator[str]:

@@ -12,16 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from hf_mics import cli
-from hf_mics.calibration.fitting import Timing, fit_link
+from hf_mics.calibration.fitting import LEAST_SPREAD, Timing, fit_link, range_of
 from hf_mics.errors import MiCSError
+from hf_mics.planning.cluster import Range
 from hf_mics.planning.cluster_file import load_cluster
 from hf_mics.planning.models import find_model
 from hf_mics.planning.timing import predict
-from hf_mics.planning.workload import Workload
+from hf_mics.planning.workload import ModelShape, Workload
+from hf_mics.probe_models import plain_model
 from hf_mics.testing import run_ranks
+from hf_mics.wrapping import plan_units
 
 SMALL = ["--model", "gpt-tiny", "--seq-length", "32", "--largest-mb", "0.3", "--limit-s", "0.05", "--samples", "3"]
 
@@ -56,7 +60,12 @@ def test_two_nodes_are_measured_once_and_their_file_is_kept(tmp_path: Path):
         ("reduce_scatter", "inter_node"),
         ("all_reduce", "inter_node"),
     }
+    for found in (cluster.compute_efficiency, cluster.head_efficiency, cluster.update_s_per_tensor):
+        assert 0 < found.low <= found.typical <= found.high
     measured = json.loads(path.read_text())["measurements"]
+    # Three samples were asked for: one in each of three rounds, and two on either side of them, three passes each.
+    assert {len(point["seconds"]) for point in measured["collectives"]} == {3}
+    assert len(measured["computing"]["layer_flops_per_s"]) == 2 * 2 * 3
     # A unit of 16 kB between 2 nodes: each of the node's 2 ranks sends its quarter once, hop 2 its half once each way.
     first = {point["name"]: point for point in measured["collectives"] if point["unit_bytes"] == 16384}
     names = ["all_gather", "reduce_scatter", "all_reduce", "hierarchical gather", "flat gather"]
@@ -98,6 +107,27 @@ def test_accelerate_launch_measures_one_node_and_says_what_it_could_not(tmp_path
         cluster.with_nodes(2)
 
 
+@pytest.mark.parametrize("family", ["gpt", "bert", "llama", "t5"])
+def test_a_model_of_any_family_trains_without_layers_which_is_how_the_head_is_timed(family: str):
+    shape = ModelShape(
+        name=family,
+        family=family,  # type: ignore[arg-type]
+        num_layers=3,
+        num_decoder_layers=3 if family == "t5" else 0,
+        hidden_size=16,
+        ffn_size=32,
+        num_heads=2,
+        vocab_size=64,
+        context_length=8,
+    )
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    bare, one = (plain_model(shape, (depth, depth)) for depth in (0, 1))
+    for model in (bare, one):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert len(plan_units(one).layers) == (2 if family == "t5" else 1)
+    assert sum(p.numel() for p in bare.parameters()) == shape.units[0].num_parameters
+
+
 @pytest.mark.parametrize(
     ("environment", "words", "message"),
     [
@@ -106,6 +136,7 @@ def test_accelerate_launch_measures_one_node_and_says_what_it_could_not(tmp_path
         ({"WORLD_SIZE": "2"}, ["--samples", "0"], "--samples must be at least 3, got 0"),
         ({"WORLD_SIZE": "2"}, ["--largest-mb", "-1"], "--largest-mb must be a positive number, got -1.0"),
         ({"WORLD_SIZE": "2"}, ["--model", "gpt-tinny"], "no model 'gpt-tinny'"),
+        ({"WORLD_SIZE": "2"}, ["--seq-length", "4096"], "gpt2 has a context of 1024 tokens, got 4096"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_ranks_meet(
@@ -142,17 +173,42 @@ def test_a_fit_finds_the_latency_the_bandwidth_and_the_spread_of_noisy_times():
         for size in (2.0**n for n in range(10, 30, 2))
     ]
     fit = fit_link(timings)
-    # 210 samples of 10 % noise: each constant is known to about 10 % / sqrt(100).
+    # The largest size decides on the bandwidth: a median of 21 samples of 10 % noise is known to 3 %.
     assert fit.latency_s == pytest.approx(latency_s, rel=0.05)
-    assert fit.bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=0.05)
-    assert fit.spread == pytest.approx(spread, rel=0.02)
+    assert fit.bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=0.06)
+    # 90 % of a normal distribution lie within 1.645 standard deviations.
+    assert fit.slow == pytest.approx(spread**1.645, rel=0.06)
+    assert fit.fast == pytest.approx(spread**-1.645, rel=0.06)
     assert fit.link.bandwidth_bytes_per_s.low < bandwidth < fit.link.bandwidth_bytes_per_s.high
     assert fit.link.latency_s.low < latency_s < fit.link.latency_s.high
 
 
-def test_exact_times_narrow_the_ranges_to_nothing():
+def test_small_messages_that_a_burst_lets_through_do_not_bend_the_bandwidth_of_large_ones():
+    """A shaped link: the first 64 kB go at once. Weighted alike, the sizes would ask for far more than 50 MB/s."""
+    timings = [
+        Timing(size, 3, [3e-4 + max(0.0, size - 65536) / 50e6] * 3) for size in (2.0**n for n in range(14, 26, 2))
+    ]
+    fit = fit_link(timings)
+    largest = timings[-1]
+    expected_s = 3 * fit.latency_s + largest.load_bytes / fit.bandwidth_bytes_per_s
+    assert expected_s == pytest.approx(largest.seconds[0], rel=0.02)
+    assert fit.bandwidth_bytes_per_s == pytest.approx(50e6, rel=0.02)
+
+
+def test_exact_times_narrow_the_ranges_to_what_two_runs_differ_by():
     fit = fit_link([Timing(size, 3, [3 * 1e-5 + size / 1e9] * 3) for size in (1e3, 1e5, 1e7)])
-    assert fit.spread == pytest.approx(1.0, abs=1e-4)
+    assert (fit.fast, fit.slow) == (1 / LEAST_SPREAD, LEAST_SPREAD)
+    bandwidth = fit.link.bandwidth_bytes_per_s
+    assert bandwidth.typical == pytest.approx(1e9, rel=1e-3)
+    assert bandwidth.high / bandwidth.low == pytest.approx(LEAST_SPREAD**2)
+
+
+def test_a_measured_rate_s_range_holds_what_was_seen_and_nothing_impossible():
+    found = range_of([0.5, 0.52, 0.6, 0.7, 0.71])
+    assert found.typical == 0.6
+    assert (found.low, found.high) == pytest.approx((0.504, 0.708))
+    assert range_of([0.97, 0.99, 1.2], most=1.0).high == 1.0
+    assert range_of([2.0] * 3) == Range(2.0 / LEAST_SPREAD, 2.0 * LEAST_SPREAD, 2.0)
 
 
 def test_one_size_fixes_no_line():

@@ -86,6 +86,14 @@ def test_a_range_is_ordered_finite_and_not_negative(ends: tuple[float, float]):
         Range(*ends)
 
 
+def test_a_measured_range_is_passed_through_its_typical_value():
+    found = Range(1.0, 5.0, 2.0)
+    assert [found.at(fraction) for fraction in (0, 0.25, 0.5, 0.75, 1)] == [1, 1.5, 2, 3.5, 5]
+    assert found.scaled(2) == Range(2.0, 10.0, 4.0)
+    with pytest.raises(ConfigError, match="typical value must lie in it"):
+        Range(1, 2, 3)
+
+
 def test_impossible_clusters_are_refused():
     with pytest.raises(ConfigError, match="bandwidth must be positive"):
         Link(bandwidth_bytes_per_s=Range(0, 1), latency_s=Range(0, 0))
@@ -123,8 +131,15 @@ def test_a_phase_s_own_link_goes_before_the_lane_s():
 
 @pytest.mark.parametrize("name", ["cluster.json", "cluster.yaml"])
 def test_a_cluster_file_reads_back_as_it_was_written(tmp_path: Path, name: str):
-    own = Link(bandwidth_bytes_per_s=Range(1.5e9, 2e9), latency_s=Range(1e-05, 0.0002))
-    cluster = replace(P4D, backend="gloo", collectives={("reduce_scatter", "intra_node"): own}, update_bytes_per_s=None)
+    own = Link(bandwidth_bytes_per_s=Range(1.5e9, 2e9, 1.6e9), latency_s=Range(1e-05, 0.0002))
+    cluster = replace(
+        P4D,
+        backend="gloo",
+        collectives={("reduce_scatter", "intra_node"): own},
+        update_bytes_per_s=None,
+        update_s_per_tensor=Range(1e-6, 2e-6),
+        head_efficiency=Range(0.1, 0.3, 0.2),
+    )
     save_cluster(cluster, tmp_path / name, measurements={"points": [1.0, 2.0]})
     assert load_cluster(tmp_path / name) == cluster
     lone = replace(P4D, nodes=1, inter_node=None)
@@ -160,14 +175,22 @@ def test_a_file_that_is_no_cluster_is_refused(tmp_path: Path, text: str, message
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("compute_efficiency", "fast", "compute_efficiency: expected a number or"),
+        ("compute_efficiency", "fast", "compute_efficiency: expected a number, "),
+        ("compute_efficiency", [0.1, 0.2, 0.3, 0.4], r"compute_efficiency: expected a number, \[low, high\] or"),
+        ("head_efficiency", [0.2, 0.1, 0.3], "head_efficiency: a range's typical value"),
         ("compute_efficiency", [0.6, 0.4], "compute_efficiency: a range must be"),
         ("intra_node", {"latency_s": 1}, "intra_node: .* lacks bandwidth_bytes_per_s"),
         ("inter_node", {"latency_s": 1, "bandwidth_bytes_per_s": -1}, "inter_node: bandwidth_bytes_per_s: a range"),
         ("nodes", "two", "nodes must be a positive integer"),
         ("backend", "mpi", "backend must be one of"),
         ("collectives", {"all_gather": {}}, "collectives are named PHASE/LANE"),
-        ("accelerator", {"name": "x", "memory_bytes": 0, "peak_flops_per_s": 1}, "memory in bytes must be a positive"),
+        ("collectives", [1], r"cluster.json: collectives: expected entries by name, got \[1\]"),
+        ("sources", "a data sheet", "sources: expected entries by name"),
+        (
+            "accelerator",
+            {"name": "x", "memory_bytes": 0, "peak_flops_per_s": 1},
+            "cluster.json: x: memory in bytes must be a positive",
+        ),
     ],
 )
 def test_an_entry_that_makes_no_sense_is_named(tmp_path: Path, entry: str, value: object, message: str):

@@ -213,6 +213,35 @@ def test_the_optimizer_reads_and_writes_28_bytes_for_each_of_a_shard_s_parameter
     assert step.step_s.low == pytest.approx(step.compute_s.low + step.update_s.low)
 
 
+def test_each_of_the_model_s_tensors_costs_the_optimizer_its_time_besides():
+    cluster = exact(update_bytes_per_s=Range.exactly(1e30), update_s_per_tensor=Range.exactly(1e-3))
+    # GPT-2's layer has 12 tensors; the root two embeddings and the last norm's two.
+    assert predict(WORKLOAD, cluster, partition_size=8).update_s.low == pytest.approx((6 * 12 + 4) * 1e-3)
+
+
+def test_the_head_computes_at_its_own_efficiency_where_that_was_measured():
+    head = 4 * 2 * 512 * 6.0 * 50257 * 1024
+    model, recomputed = step_flops(WORKLOAD)
+    expected = (model + recomputed - head) / (0.5 * 312e12) + head / (0.1 * 312e12)
+    assert seconds(exact(head_efficiency=Range.exactly(0.1)), partition_size=8) == pytest.approx(expected)
+
+
+def test_over_gloo_the_engine_s_hop_2_alone_runs_beside_backward():
+    layer = Segment(
+        1.0, 2.0, *(2 * ((Stage("intra_node", 3.0),),)), (Stage("intra_node", 4.0),), (Stage("inter_node", 5.0),)
+    )
+    in_turn = 3 * (1 + 3) + 3 * (3 + 2 + 4)
+    assert micro_step_s([layer] * 3, hop2=True, overlap=False, hop2_beside=True) == in_turn + 5, (
+        "the last one's is left"
+    )
+    slow = layer._replace(hop2=(Stage("inter_node", 20.0),))
+    assert micro_step_s([slow] * 3, hop2=True, overlap=False, hop2_beside=True) == 3 * (1 + 3) + 9 + 3 * 20
+    once = replace(WORKLOAD, accumulation=1)
+    gloo = exact(backend="gloo", inter_node=link(1e9))
+    mics, hybrid = (predict(once, gloo, system=s, partition_size=8).step_s.low for s in ("mics", "hsdp"))
+    assert mics < hybrid, "the same volumes, but plain FSDP2 waits for its all-reduce"
+
+
 def test_without_overlap_every_collective_adds_its_time():
     layer = Segment(
         1.0, 2.0, *(2 * ((Stage("intra_node", 3.0),),)), (Stage("intra_node", 4.0),), (Stage("inter_node", 5.0),)
