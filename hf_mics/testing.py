@@ -14,11 +14,34 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed.fsdp", "accelerate", "transformers", "hf_mics.accelerator"]
+# Torch imports its compiler at an optimizer's first step, and transformers its Trainer when somebody asks for it: one
+# or two seconds each, which every rank would spend anew.
+_PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "accelerate",
+    "transformers",
+    "transformers.trainer",
+    "hf_mics.accelerator",
+]
+
+
+def start_server(*modules: str) -> ForkServerContext:
+    """Starts the server that ranks are forked from, with `modules` loaded as well, unless it runs already.
+
+    Modules that cannot be imported are passed over. It loads them while the caller goes on.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOAD, *modules])
+    forkserver.ensure_running()
+    return context
 
 
 def run_ranks(
@@ -39,8 +62,7 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (its traceback is in the message), died, or `timeout_s` seconds passed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = start_server()
     node_size = node_size or world_size
     with tempfile.TemporaryDirectory(prefix="mics_ranks_") as folder:
         ranks: list[tuple[BaseProcess, Connection]] = []

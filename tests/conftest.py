@@ -9,7 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 from hypothesis import settings
+
+from hf_mics.testing import start_server
 
 settings.register_profile("hf_mics", deadline=None, derandomize=True, database=None)
 settings.load_profile("hf_mics")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Loads what ranks need while the tests are collected."""
+    if not session.config.option.collectonly:
+        start_server("tests.preloaded")
