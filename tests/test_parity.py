@@ -23,7 +23,7 @@ from hf_mics.testing import run_ranks
 from hf_mics.wrapping import plan_units
 from tests import tiny
 from tests.on_ranks import Layout
-from tests.toy import whole
+from tests.toy import all_whole, weights, whole
 
 LAYOUTS = [
     Layout(4, 2, 2),
@@ -69,13 +69,12 @@ def train(model: nn.Module, part: Callable[[torch.Tensor], torch.Tensor], begin:
             loss = model(input_ids=rows, labels=rows).loss
             (loss / micro_steps).backward()
             record["losses"].append(loss.detach().clone())
-        record["gradients"].append(
-            {n: None if p.grad is None else whole(p.grad).clone() for n, p in model.named_parameters()}
-        )
+        gradients = all_whole({n: p.grad for n, p in model.named_parameters()})
+        record["gradients"].append({n: None if grad is None else grad.clone() for n, grad in gradients.items()})
         record["norms"].append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)).clone())
         optimizer.step()
         optimizer.zero_grad()
-    record["weights"] = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
+    record["weights"] = weights(model)
     return record
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from hf_mics import apply_mics, mics_engine
 from tests.on_ranks import Layout
@@ -59,6 +59,27 @@ class Net(nn.Module):
         for index in run:
             x = wrap(self.layers[index], x) if wrap else self.layers[index](x)
         return self.last(x)
+
+
+class HeadLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(7, 3), nn.Linear(7, 5), nn.Linear(7, 1)
+
+    def forward(self, x: torch.Tensor, run: str) -> torch.Tensor:
+        return torch.cat([getattr(self, name)(x) for name in run], dim=1)
+
+
+class HeadNet(nn.Module):
+    """Three heads in one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([HeadLayer()])
+        self.scale = nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, x: torch.Tensor, run: str) -> torch.Tensor:
+        return self.layers[0](x * self.scale, run)
 
 
 def batch(step: int, micro: int, world: int) -> torch.Tensor:
@@ -148,26 +169,52 @@ class Pair:
     def assert_same_gradients(self) -> None:
         """Every parameter's gradient, whole, on every rank; None in the same places."""
         expected = {name: p.grad for name, p in self.twin.named_parameters()}
-        got = {name: whole(p.grad) for name, p in self.mics.named_parameters()}
+        got = all_whole({name: p.grad for name, p in self.mics.named_parameters()})
         nones = [{name for name, grad in grads.items() if grad is None} for grads in (expected, got)]
         assert nones[0] == nones[1], f"None in one process: {nones[0] - nones[1]}, under MiCS: {nones[1] - nones[0]}"
         assert_close(got, expected)
 
     def assert_same_weights(self) -> None:
-        assert_close(weights(self.mics), weights(self.twin))
-        assert_same_on_all_ranks(weights(self.mics))
+        mine = weights(self.mics)
+        assert_close(mine, weights(self.twin))
+        assert_same_on_all_ranks(mine)
 
 
 def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def all_whole(tensors: dict[str, Any]) -> dict[str, Any]:
+    """What `whole` makes of each, in one exchange for each dtype instead of one for each tensor.
+
+    The shards must lie on one mesh and be of rows, as FSDP2 makes them: of equal numbers of rows but at the end.
+    """
+    result = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in sharded.values()):
+        same = {name: tensor for name, tensor in sharded.items() if tensor.dtype == dtype}
+        mesh = next(iter(same.values())).device_mesh
+        ranks, padded = mesh.size(-1), []
+        for tensor in same.values():
+            assert tensor.device_mesh == mesh
+            assert tensor.placements[-1] == Shard(0)
+            rows = tensor.to_local().flatten(1) if tensor.ndim > 1 else tensor.to_local()[:, None]
+            padded.append(nn.functional.pad(rows, (0, 0, 0, -(-len(tensor) // ranks) - len(rows))))
+        mine = torch.cat([rows.flatten() for rows in padded])
+        everyone = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(everyone, mine, group=mesh.get_group(mesh.ndim - 1))
+        parts = torch.stack(everyone).split([rows.numel() for rows in padded], dim=1)
+        for (name, tensor), rows, part in zip(same.items(), padded, parts, strict=True):
+            result[name] = part.reshape(ranks * rows.shape[0], rows.shape[1])[: len(tensor)].reshape(tensor.shape)
+    return {name: result[name] for name in tensors}
+
+
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return all_whole({name: p.detach() for name, p in model.named_parameters()})
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return all_whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def assert_close(got: dict[str, Any], expected: dict[str, Any], tolerance: float = TOLERANCE) -> None:
