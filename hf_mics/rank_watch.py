@@ -25,8 +25,9 @@ from hf_mics._torch_compat import job_store
 
 _BEAT_S = 1.0
 _SILENCE_S = 30.0
-# How long a rank waits for the beats of the others: three of them.
-_LOOK_S = 3 * _BEAT_S
+# How long a rank waits for the beats of the others.
+_LOOK_BEATS = 3
+_LOOK_S = _LOOK_BEATS * _BEAT_S
 _NETWORK_ERROR = re.compile(r"connection|broken pipe|timed out|timeout|gloo|nccl", re.IGNORECASE)
 _LEFT, _RAISED = b"left", b"raised"
 
@@ -68,14 +69,17 @@ class RankWatch:
         if self._finding:
             return self._finding
         before = self._words()
-        time.sleep(_LOOK_S)
+        for _ in range(_LOOK_BEATS):
+            time.sleep(_BEAT_S)
+            # Whoever looked first may host the store, and is gone two beats after it has left its finding there.
+            self._read_finding()
+            if self._finding:
+                return self._finding
         after = self._words()
-        self._read_finding()
-        if not self._finding:
-            self._finding = [r for r, word in after.items() if word == before.get(r) and word not in (_LEFT, _RAISED)]
-            self._store.set("finding", ",".join(map(str, self._finding)))
-            # This process may host the store: the others read the finding with their next beat.
-            time.sleep(2 * _BEAT_S)
+        self._finding = [r for r, word in after.items() if word == before.get(r) and word not in (_LEFT, _RAISED)]
+        self._store.set("finding", ",".join(map(str, self._finding)))
+        # The others read it with their next beat.
+        time.sleep(2 * _BEAT_S)
         return self._finding
 
     def describe(self, ranks: Sequence[int]) -> str:
