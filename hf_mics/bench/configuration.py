@@ -124,7 +124,7 @@ class Configuration:
 
     Args:
         system: a key of `SYSTEMS`.
-        model: "gpt2" or "bert" (10.6 M parameters each); "gpt2-short" is a tenth of that, for short runs.
+        model: "gpt2" (10.6 M parameters) or "bert" (10.8 M); "gpt2-short" is a tenth of that, for short runs.
         nodes, node_size: nodes and ranks per node.
         rate_mbit: the rate of each node's NIC, both ways; None: not shaped.
         copies: how many such clusters train side by side on this machine, each on its own; the first one is measured.

@@ -17,7 +17,7 @@ _MASKED_SHARE = 0.25
 
 
 def build_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A GPT-2-like or BERT-like model of 448 x 4 (10.6 M parameters), without dropout; weights drawn from `seed`."""
+    """A GPT-2-like (10.6 M parameters) or BERT-like (10.8 M) model without dropout; weights drawn from `seed`."""
     torch.manual_seed(seed)
     width, layers = _WIDTHS[name]
     if name == "bert":
