@@ -99,7 +99,8 @@ def _weak_scaling() -> list[Configuration]:
     shapes = [replace(base, nodes=nodes, node_size=2, copies=8 // nodes) for nodes in (1, 2, 4, 8)]
     # On nodes of one rank a partition group has to span two of them.
     shapes.append(replace(base, nodes=16, node_size=1))
-    return [run for shape in shapes for run in (_mics(shape, 2), shape)]
+    # Copies start one after the other, and load the CPUs alike once the last of them is there.
+    return [run for shape in shapes for run in (_mics(shape, 2, warm_up_steps=3, steps=3), shape)]
 
 
 def _hierarchical() -> list[Configuration]:
