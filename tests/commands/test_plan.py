@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,8 +143,11 @@ def test_a_command_that_there_is_not_is_refused_with_the_nearest_name(capsys: py
 def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
     """As `| head` does. Closed before the first word, so that the very first write meets it."""
     words = [sys.executable, "-m", "hf_mics.cli", *LARGE.split()]
+    # Unbuffered, argparse itself meets the closed pipe, and says nothing either.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     for arguments in ([*words, "--json"], words, [*words[:3], "--help"]):
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        with subprocess.Popen(arguments, **pipes) as command:
             command.stdout.close()
             assert command.stderr.read() == ""
             assert command.wait(timeout=60) == 1
