@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from hf_mics.bench import cluster_state, namespaces
 from hf_mics.bench.configuration import Configuration
 from hf_mics.bench.launching import launch
-from hf_mics.bench.node_processes import require_success
+from hf_mics.bench.node_processes import NodeResult, require_success
 from hf_mics.bench.virtual_cluster import VirtualCluster
 from hf_mics.errors import ConfigError, MiCSError
 
@@ -292,6 +293,38 @@ def test_a_cluster_left_over_from_a_crash_is_found_and_removed_on_request():
     done = script("down", "--name", name)
     assert (done.returncode, done.stdout) == (0, f"{name}: 2 nodes removed (left over)\n")
     assert machine() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-m", "hf_mics", "train.py", "--epochs", "1", "-m"], ["-m", "hf_mics", "train.py", "--epochs", "1", "-m"]),
+        (["train.py", "-m", "x", "--name", "y"], ["train.py", "-m", "x", "--name", "y"]),
+    ],
+)
+def test_the_script_hands_on_a_module_or_a_script_with_all_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], expected: list[str]
+):
+    given: list[list[str]] = []
+
+    class Cluster:
+        @classmethod
+        def attach(cls, name: str) -> Cluster:
+            return cls()
+
+        def nic_bytes(self) -> list[namespaces.NicBytes]:
+            return [namespaces.NicBytes(0, 0, 0, 0)]
+
+        def accelerate_launch(self, config: Path, ranks: int, target: list[str], timeout_s: float) -> list[NodeResult]:
+            given.append(target)
+            return [NodeResult(0, 0, "", "", 0.0, False)]
+
+    monkeypatch.setattr("hf_mics.bench.virtual_cluster.VirtualCluster", Cluster)
+    flags = ["run", "--ranks-per-node", "2", "--config_file", "my.yaml"]
+    monkeypatch.setattr(sys, "argv", ["cluster", *flags, *words])
+    main = runpy.run_path(str(ROOT / "scripts" / "cluster"))["main"]
+    assert main() == 0
+    assert given == [expected]
 
 
 @needs_root
