@@ -12,7 +12,6 @@ import os
 import runpy
 import sys
 from types import TracebackType
-from typing import Any
 
 from hf_mics.errors import ConfigError
 
@@ -53,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf_mics", usage=_USAGE, description=__doc__.splitlines()[0])
     parser.add_argument("--partition-size", type=int, help="ranks in a partition group (default: the config's)")
     parser.add_argument("--node-size", type=int, help="ranks per node (default: LOCAL_WORLD_SIZE)")
-    parser.add_argument(
-        "--gradient-wire-dtype", default="auto", help="what gradients travel as: auto, float32 or bfloat16"
-    )
+    parser.add_argument("--gradient-wire-dtype", help="what gradients travel as: auto (default), float32 or bfloat16")
     parser.add_argument(
         "--flat", action="store_true", help="one-stage collectives in groups that span nodes, for comparison"
     )
@@ -84,7 +81,7 @@ def _put_mics_in_place(options: argparse.Namespace) -> None:
 
     from hf_mics._hf_compat import replace_accelerator
     from hf_mics.accelerator import MiCSAccelerator
-    from hf_mics.plugin import MiCSPlugin
+    from hf_mics.plugin import keep_runner_flags
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         # The runner is a promise that MiCS will be in force, and the flags alone are a full configuration.
@@ -94,25 +91,14 @@ def _put_mics_in_place(options: argparse.Namespace) -> None:
         # TrainingArguments joins the job before any Accelerator exists, and without this takes a machine without
         # accelerators for a lone process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    settings: dict[str, Any] = {
+    flags = {
         "partition_size": options.partition_size,
         "node_size": options.node_size,
-        "hierarchical": not options.flat,
+        "hierarchical": False if options.flat else None,
         "gradient_wire_dtype": options.gradient_wire_dtype,
     }
-    MiCSPlugin(**settings)  # wrong flags fail here, before the script's own work
-
-    class RunnerAccelerator(MiCSAccelerator):
-        """The Accelerator that scripts get from the runner: the runner's flags, unless they bring a MiCSPlugin."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Accelerate's own plugin, as every Trainer with `fsdp=...` brings it, knows nothing of the flags.
-            plugin = kwargs.pop("mics_plugin", None) or kwargs.pop("fsdp_plugin", None) or MiCSPlugin(**settings)
-            if not isinstance(plugin, MiCSPlugin):
-                plugin = MiCSPlugin.from_stock(plugin, **settings)
-            super().__init__(*args, mics_plugin=plugin, **kwargs)
-
-    replace_accelerator(RunnerAccelerator)
+    keep_runner_flags({name: value for name, value in flags.items() if value is not None})
+    replace_accelerator(MiCSAccelerator)
 
 
 def _start_tracebacks_in_script() -> None:

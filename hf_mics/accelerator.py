@@ -42,7 +42,7 @@ from hf_mics.engine import (
     refuse_unknown_node_size,
 )
 from hf_mics.errors import ConfigError, TopologyError
-from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology
+from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology, with_runner_flags
 from hf_mics.process_groups import say_to_all
 from hf_mics.rank_watch import watch_ranks
 from hf_mics.sharding import checkpoint_activations, restore_scalars, shard_model
@@ -53,9 +53,10 @@ class MiCSAccelerator(StockAccelerator):
     """Accelerate's `Accelerator`, training under MiCS; its API and every argument are unchanged.
 
     On construction, in this order: finds the settings (`mics_plugin`, else a plugin passed as `fsdp_plugin`, else the
-    launcher's FSDP config), checks them, joins the job, agrees with all ranks on the node size, resolves the partition
-    size, and lets accelerate build its mesh of (dp_replicate, dp_shard). `prepare` then shards the model, installs
-    MiCS and prints the start-up summary on rank 0. Works on CPUs over gloo and on GPUs over NCCL alike.
+    launcher's FSDP config; with the flags of `-m hf_mics`, if it runs the script), checks them, joins the job, agrees
+    with all ranks on the node size, resolves the partition size, and lets accelerate build its mesh of (dp_replicate,
+    dp_shard). `prepare` then shards the model, installs MiCS and prints the start-up summary on rank 0. Works on CPUs
+    over gloo and on GPUs over NCCL alike.
 
     Args:
         mics_plugin: MiCS settings; default those of the accelerate config.
@@ -242,18 +243,16 @@ def _choose_plugin(mics_plugin: MiCSPlugin | None, fsdp_plugin: FullyShardedData
             "the accelerate config enables DeepSpeed, which brings its own sharding. MiCS needs `distributed_type: "
             "FSDP` with `fsdp_version: 2`; see recipes/configs."
         )
-    if accelerate_is_initialized():
-        return _active_plugin(mics_plugin or fsdp_plugin)
     plugin = mics_plugin or fsdp_plugin
-    if plugin is None:
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-            raise ConfigError(
-                "no FSDP in the accelerate config: MiCS needs `distributed_type: FSDP` with `fsdp_version: 2`, got "
-                "neither that nor a MiCSPlugin. Launch with `accelerate launch --config_file "
-                "recipes/configs/cpu_2x2.yaml ...` (or a config of yours), or pass mics_plugin=MiCSPlugin(...)."
-            )
-        return MiCSPlugin()
-    return plugin if isinstance(plugin, MiCSPlugin) else MiCSPlugin.from_stock(plugin)
+    if accelerate_is_initialized():
+        return _active_plugin(with_runner_flags(plugin) if isinstance(plugin, MiCSPlugin) else plugin)
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        raise ConfigError(
+            "no FSDP in the accelerate config: MiCS needs `distributed_type: FSDP` with `fsdp_version: 2`, got "
+            "neither that nor a MiCSPlugin. Launch with `accelerate launch --config_file "
+            "recipes/configs/cpu_2x2.yaml ...` (or a config of yours), or pass mics_plugin=MiCSPlugin(...)."
+        )
+    return with_runner_flags(plugin)
 
 
 def _active_plugin(wanted: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:

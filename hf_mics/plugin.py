@@ -97,6 +97,54 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):
         return mics
 
 
+# What the flags of `python -m hf_mics` say, by the plugin's own names. Kept here so that they reach every accelerator of
+# the script, also a MiCSAccelerator that it makes itself.
+_RUNNER_FLAGS: dict[str, Any] = {}
+_FLAG_NAMES = {
+    "partition_size": "--partition-size",
+    "node_size": "--node-size",
+    "hierarchical": "--flat",
+    "gradient_wire_dtype": "--gradient-wire-dtype",
+}
+
+
+def keep_runner_flags(flags: dict[str, Any]) -> None:
+    """From now on `flags`, settings by name, hold for every accelerator of this process.
+
+    Raises:
+        ConfigError: a value that a MiCSPlugin does not take.
+    """
+    MiCSPlugin(**flags)
+    _RUNNER_FLAGS.clear()
+    _RUNNER_FLAGS.update(flags)
+
+
+def with_runner_flags(plugin: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
+    """The settings of `plugin`, or of the accelerate config, with the runner's flags where it leaves the default.
+
+    A MiCSPlugin is changed in place, as accelerate itself changes the plugins that it is given.
+
+    Raises:
+        ConfigError: `plugin` is a MiCSPlugin that contradicts a flag, or is of FSDP version 1.
+    """
+    if plugin is None:
+        return MiCSPlugin(**_RUNNER_FLAGS)
+    if not isinstance(plugin, MiCSPlugin):
+        return MiCSPlugin.from_stock(plugin, **_RUNNER_FLAGS)
+    own = plugin.settings()
+    defaults = {field.name: field.default for field in dataclasses.fields(MiCSPlugin)}
+    wrong = [name for name, value in _RUNNER_FLAGS.items() if own[name] not in (defaults[name], value)]
+    if wrong:
+        raise ConfigError(
+            "the script's MiCSPlugin contradicts the flags of `-m hf_mics`: "
+            + ", ".join(f"{name}={own[name]!r} against {_FLAG_NAMES[name]} ({_RUNNER_FLAGS[name]!r})" for name in wrong)
+            + ". Leave the flag out, or the setting of the plugin."
+        )
+    for name, value in _RUNNER_FLAGS.items():
+        setattr(plugin, name, value)
+    return plugin
+
+
 class MiCSParallelismConfig(ParallelismConfig):
     """Accelerate's ParallelismConfig with both data-parallel axes always in the mesh.
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_mics.errors import ConfigError
+from hf_mics.plugin import MiCSPlugin, keep_runner_flags, with_runner_flags
+
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
 CONFIG = ROOT / "recipes" / "configs" / "cpu_2x2.yaml"
@@ -69,7 +72,11 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "eager" / "run.py").write_text("from eager import Accelerator; print(Accelerator.knows_mics)\n")
     (folder / "plugin.py").write_text(
         "from accelerate import Accelerator\n"
+        "from accelerate.state import AcceleratorState\n"
         "from accelerate.utils import FullyShardedDataParallelPlugin\n"
+        "from hf_mics import MiCSAccelerator\n"
+        "print(MiCSAccelerator().mics_plugin.settings())\n"
+        "AcceleratorState._reset_state()\n"
         "a = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=False))\n"
         "print(a.mics_plugin.settings(), a.mics_plugin.reshard_after_forward)\n"
     )
@@ -97,10 +104,21 @@ def test_module_whose_package_imports_accelerator_early_gets_the_mics_one(packag
     assert result.stdout == "True\n", result.stderr
 
 
-def test_flags_hold_when_the_script_brings_accelerates_own_fsdp_plugin(package: Path) -> None:
+def test_flags_hold_for_a_mics_accelerator_and_for_accelerates_own_fsdp_plugin(package: Path) -> None:
     result = run("-m", "hf_mics", "--flat", "--gradient-wire-dtype", "float32", package / "plugin.py")
     expected = {"partition_size": None, "node_size": None, "hierarchical": False, "gradient_wire_dtype": "float32"}
-    assert result.stdout == f"{expected} False\n", result.stderr
+    assert result.stdout == f"{expected}\n{expected} False\n", result.stderr
+
+
+def test_flags_fill_in_what_the_scripts_own_plugin_leaves_out_and_contradict_nothing(monkeypatch) -> None:
+    monkeypatch.setattr("hf_mics.plugin._RUNNER_FLAGS", {})
+    keep_runner_flags({"partition_size": 2, "hierarchical": False})
+    expected = {"partition_size": 2, "node_size": None, "hierarchical": False, "gradient_wire_dtype": "float32"}
+    own = MiCSPlugin(gradient_wire_dtype="float32", hierarchical=False)
+    assert with_runner_flags(own).settings() == expected
+    assert with_runner_flags(own) is own
+    with pytest.raises(ConfigError, match=r"partition_size=4 against --partition-size \(2\)"):
+        with_runner_flags(MiCSPlugin(partition_size=4))
 
 
 def test_traceback_starts_in_the_script(package: Path) -> None:
