@@ -75,9 +75,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):
         return super().__getattribute__(name)
 
     def set_auto_wrap_policy(self, model: Any) -> None:
-        """Leaves the choice of layers to `hf_mics.wrapping`, unless the user asked for a size-based policy."""
-        if self.min_num_params:
-            super().set_auto_wrap_policy(model)
+        """Leaves the policy as it was given: `hf_mics.sharding` reads it, and accelerate's reading is for FSDP1."""
 
     def settings(self) -> dict[str, Any]:
         """What MiCS adds to accelerate's plugin, by name."""
@@ -97,7 +95,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):
         return mics
 
 
-# What the flags of `python -m hf_mics` say, by the plugin's own names. Kept here so that they reach every accelerator of
+# What the flags of `python -m hf_mics` say, by the plugin's names. Kept here so that they reach every accelerator of
 # the script, also a MiCSAccelerator that it makes itself.
 _RUNNER_FLAGS: dict[str, Any] = {}
 _FLAG_NAMES = {

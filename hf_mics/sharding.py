@@ -21,7 +21,7 @@ from accelerate.utils.fsdp_utils import (
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mics.errors import ConfigError
@@ -31,6 +31,8 @@ from hf_mics.wrapping import WrapPlan, holds_input_embeddings, plain, plan_units
 def unit_plan(plugin: Any, model: nn.Module) -> WrapPlan:
     """The units that `plugin`, an accelerate FSDP plugin, asks for or that are found in `model`."""
     policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
+    if policy is size_based_auto_wrap_policy and not plugin.min_num_params:
+        policy = None  # as accelerate reads a size of 0, which is also what a config without one gives
     if policy is transformer_auto_wrap_policy or policy is None:
         return plan_units(model, class_names=plugin.transformer_cls_names_to_wrap or ())
     return plan_units(model, policy=fsdp2_prepare_auto_wrap_policy(plugin, model))

@@ -61,8 +61,8 @@ def plan_units(
     if names:
         plan = WrapPlan(_instances(model, names, strict=True), reason=f"named in the config: {', '.join(names)}")
     elif policy is not None:
-        chosen = [(name, m) for name, m in model.named_modules() if m is not model and policy(m)]
-        plan = WrapPlan(chosen, reason="by the config's policy")
+        chosen = [(name, m) for name, m in model.named_modules() if m is not model and _can_be_unit(name, m)]
+        plan = WrapPlan([(name, m) for name, m in chosen if policy(m)], reason="by the config's policy")
     else:
         plan = _automatic(model)
     _drop_shared(model, plan)
@@ -123,6 +123,11 @@ def _instances(model: nn.Module, class_names: Iterable[str], *, strict: bool) ->
 def _is_inside_wrapper(name: str) -> bool:
     """Whether `name` ends in a wrapper's own attribute: then the wrapper, which bears the layer's class too, counts."""
     return name.rpartition(".")[2] in ("_checkpoint_wrapped_module", "_orig_mod")
+
+
+def _can_be_unit(name: str, module: nn.Module) -> bool:
+    """Whether `module` is called: nobody calls a ModuleList or a ModuleDict, so nothing would gather it."""
+    return type(module).forward is not nn.Module.forward and not _is_inside_wrapper(name)
 
 
 def _without_parts(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_mics.errors import ConfigError
 from hf_mics.plugin import MiCSPlugin
-from hf_mics.sharding import checkpoint_activations
+from hf_mics.sharding import checkpoint_activations, unit_plan
 from hf_mics.wrapping import WrapPlan, class_name, plan_units
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -122,6 +122,21 @@ def test_user_named_classes_win():
 def test_user_policy_wins():
     plan = plan_units(model_of("gpt2"), policy=lambda module: type(module).__name__ == "GPT2MLP")
     assert {class_name(layer) for _, layer in plan.layers} == {"GPT2MLP"}
+
+
+def test_size_based_policy_chooses_what_is_called_and_a_size_of_0_is_no_policy():
+    model, size = model_of("gpt2"), 1000
+    large = {name for name, m in model.named_modules() if sum(p.numel() for p in m.parameters()) > size}
+    assert "transformer.h" in large, "the list of layers itself is larger"
+    expected = sorted(large - {"transformer.h", "", "transformer", "transformer.wte", "lm_head"})
+    policy = MiCSPlugin(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=size, activation_checkpointing=True)
+    assert names_of(unit_plan(policy, model)) == expected
+    assert "transformer.h.0" in expected
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=policy))
+    found = names_of(unit_plan(policy, checkpoint_activations(accelerator, build("gpt2"))))
+    assert sorted(name.replace("._checkpoint_wrapped_module", "") for name in found) == expected
+    automatic = MiCSPlugin(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=0)
+    assert names_of(unit_plan(automatic, model)) == names_of(plan_units(model))
 
 
 def test_unknown_class_name_is_refused_with_the_choices():

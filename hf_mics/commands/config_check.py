@@ -291,8 +291,9 @@ def _explain(config: Mapping[str, Any], topology: Topology) -> Iterator[str]:
 def _wrapping(fsdp: Mapping[str, Any]) -> str:
     names = fsdp.get("fsdp_transformer_layer_cls_to_wrap")
     policy = str(fsdp.get("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"))
+    size = fsdp.get("fsdp_min_num_params") or 0
     rules: dict[str, Callable[[], str]] = {
-        "SIZE_BASED_WRAP": lambda: f"modules of at least {fsdp.get('fsdp_min_num_params', 0)} parameters",
+        "SIZE_BASED_WRAP": lambda: f"modules of more than {size} parameters" if size else "found by hf_mics",
         "NO_WRAP": lambda: "found by hf_mics (NO_WRAP is read as no wish)",
         "TRANSFORMER_BASED_WRAP": lambda: f"every {names}" if names else "found by hf_mics",
     }
