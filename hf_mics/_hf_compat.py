@@ -2,7 +2,8 @@
 
 Accelerate shards a model in `Accelerator._prepare_fsdp2`, through functions of its own module, and turns FSDP on only
 for GPUs. Three things are replaced here, each as narrowly as it can be: those functions while one `prepare` runs, the
-distributed type on machines without accelerators, and the class that scripts import as `Accelerator`.
+distributed type on machines without accelerators, and the class that scripts import as `Accelerator`. One private name
+of transformers' layers is read here as well.
 """
 
 from __future__ import annotations
@@ -184,6 +185,11 @@ def called_from_stock_init(depth: int) -> bool:
     if frame.f_code is not StockAccelerator.__init__.__code__:
         return False
     return not getattr(frame.f_locals["self"], "knows_mics", False)
+
+
+def keeps_cache_out_of_recomputation(layer: nn.Module) -> bool:
+    """Whether a layer of transformers' takes care of its key-value cache itself when it is checkpointed."""
+    return getattr(layer, "_can_checkpoint_with_cache", False)
 
 
 def replace_accelerator(replacement: type[Accelerator]) -> None:

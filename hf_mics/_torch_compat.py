@@ -1,8 +1,8 @@
-"""The one file that touches private names of torch.distributed.fsdp, checked on torch 2.13.0.
+"""The one file that touches private names of torch, checked on torch 2.13.0.
 
 FSDP2's public seams (`set_custom_all_gather`, `set_custom_reduce_scatter`, `set_requires_all_reduce`) say how to
 communicate, but not what a unit holds between micro-steps. `Unit` names the few facts that the two-hop schedule needs.
-A torch that lacks one of them fails here, at attach time, with its version in the message.
+A torch that lacks one of FSDP2's names (`_torch_names`) fails at attach time, with its version in the message.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
+from hf_mics._torch_names import check_group, check_state
 from hf_mics.errors import ConfigError, MiCSError
 
 # torch 2.13 renamed the two calls; 2.11 has only the old names, which 2.13 keeps as aliases that CommDebugMode and
@@ -28,39 +29,12 @@ from hf_mics.errors import ConfigError, MiCSError
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-_GROUP_ATTRIBUTES = (
-    "fsdp_params",
-    "mesh_info",
-    "mp_policy",
-    "device",
-    "all_reduce_grads",
-    "reduce_grads",
-    "post_backward",
-    "finalize_backward",
-    "comm_ctx",
-    "_all_reduce_hook",
-    "_partial_reduce_output",
-    "_training_state",
-)
-
-
-_STATE_ATTRIBUTES = ("_fsdp_param_groups", "_root_post_backward_final_callback", "_auto_reshard_after_forward")
-
-
-def _require(thing: Any, kind: str, attributes: tuple[str, ...]) -> None:
-    missing = [attribute for attribute in attributes if not hasattr(thing, attribute)]
-    if missing:
-        raise MiCSError(
-            f"torch {torch.__version__} has no {kind}.{missing[0]}, which two-hop synchronization needs. hf_mics was "
-            "checked on torch 2.13.0; install that."
-        )
-
 
 class Unit:
     """One FSDP2 communication unit: the parameters of a module that are gathered and reduced together."""
 
     def __init__(self, module: FSDPModule, group: Any, name: str) -> None:
-        _require(group, "FSDPParamGroup", _GROUP_ATTRIBUTES)
+        check_group(group)
         self.module = module
         self.name = name
         self._group = group
@@ -104,7 +78,7 @@ class Unit:
 
     @property
     def _is_root(self) -> bool:
-        return self.name in ("", "_orig_mod")
+        return not without_wrappers(self.name)
 
     def shard_numel(self, index: int) -> int:
         """Elements of one padded shard of parameter `index`, as packed into the reduce-scatter."""
@@ -293,6 +267,11 @@ class Unit:
         states.clear()
         self._group._training_state = type(self._group._training_state).IDLE
 
+    @property
+    def reduce_scatter(self) -> Any:
+        """What reduces this unit's gradients inside the partition group now."""
+        return self._group._reduce_scatter_comm
+
     # -- undo ------------------------------------------------------------------------------------------------------
 
     def restore(self, policy: Any, group: dist.ProcessGroup, comms: tuple[Any, Any]) -> None:
@@ -316,7 +295,7 @@ def find_units(model: nn.Module) -> Iterator[Unit]:
         if not isinstance(module, FSDPModule):
             continue
         state = module._get_fsdp_state()
-        _require(state, "FSDPState", _STATE_ATTRIBUTES)
+        check_state(state)
         groups = state._fsdp_param_groups
         if len(groups) > 1:
             raise ConfigError(
@@ -332,7 +311,28 @@ def find_units(model: nn.Module) -> Iterator[Unit]:
 
 def is_root(model: nn.Module) -> bool:
     """Whether `model` itself, under `torch.compile` or not, was passed to `fully_shard`."""
-    return isinstance(getattr(model, "_orig_mod", model), FSDPModule)
+    return isinstance(plain(model), FSDPModule)
+
+
+# Where activation checkpointing and torch.compile keep the module that they wrap.
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The user's module inside activation-checkpoint and compile wrappers."""
+    for attribute in _WRAPPED:
+        module = getattr(module, attribute, module)
+    return module
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether the module called `name` is the one inside a wrapper."""
+    return name.rpartition(".")[2] in _WRAPPED
+
+
+def without_wrappers(name: str) -> str:
+    """The `name` that a module would have without any wrappers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def override_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

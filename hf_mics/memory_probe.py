@@ -27,7 +27,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hf_mics._torch_compat import AllGather, ReduceScatter, all_gather_single, find_units, reduce_scatter_single
+from hf_mics._torch_compat import (
+    AllGather,
+    ReduceScatter,
+    all_gather_single,
+    find_units,
+    reduce_scatter_single,
+    without_wrappers,
+)
 from hf_mics.errors import ConfigError
 from hf_mics.planning.memory import MEMORY_KINDS, Kind
 from hf_mics.planning.workload import Workload
@@ -337,7 +344,7 @@ def _labelled_layers(model: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
     """FSDP modules with their place in their stack: first, last, the one before it, or between."""
     stacks: dict[str, list[FSDPModule]] = {}
     for name, module in model.named_modules():
-        parent, _, index = name.replace("._checkpoint_wrapped_module", "").rpartition(".")
+        parent, _, index = without_wrappers(name).rpartition(".")
         if isinstance(module, FSDPModule) and index.isdigit():
             stacks.setdefault(parent, []).append(module)
     for parent, stack in stacks.items():

@@ -24,8 +24,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_mics._hf_compat import keeps_cache_out_of_recomputation
+from hf_mics._torch_compat import plain
 from hf_mics.errors import ConfigError
-from hf_mics.wrapping import WrapPlan, holds_input_embeddings, plain, plan_units
+from hf_mics.wrapping import WrapPlan, holds_input_embeddings, plan_units
 
 
 def unit_plan(plugin: Any, model: nn.Module) -> WrapPlan:
@@ -45,7 +47,7 @@ def checkpoint_activations(accelerator: Any, model: nn.Module) -> nn.Module:
         if holds_input_embeddings(model, layer):
             continue
         wrapped = checkpoint_wrapper(layer, preserve_rng_state=True)
-        if not getattr(layer, "_can_checkpoint_with_cache", False):
+        if not keeps_cache_out_of_recomputation(layer):
             wrapped.register_forward_pre_hook(_without_cache, with_kwargs=True)
         if plugin.activation_checkpointing_offload:
             wrapped = offload_wrapper(wrapped)
@@ -197,8 +199,11 @@ def _spread_from_rank_0(
         else:
             buffer.data.copy_(value)
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
-            slots.update({name: made[id(tensor)] for name, tensor in slots.items() if id(tensor) in made})  # type: ignore[misc]
+        own: list[tuple[str, torch.Tensor]] = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        own += module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, tensor in own:
+            if id(tensor) in made:
+                setattr(module, name, made[id(tensor)])
 
 
 def _broadcast(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_mics._torch_compat import is_wrapped, plain
 from hf_mics.errors import ConfigError
 
 # A ModuleList that holds less of the model than this is not its stack of layers (a list of heads, a few convolutions).
@@ -73,13 +74,6 @@ def plan_units(
     return plan
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """The user's module inside activation-checkpoint and compile wrappers."""
-    for attribute in ("_checkpoint_wrapped_module", "_orig_mod"):
-        module = getattr(module, attribute, module)
-    return module
-
-
 def class_name(module: nn.Module) -> str:
     """The class that the user wrote, before FSDP2 put its own in front."""
     kind = type(plain(module))
@@ -105,7 +99,7 @@ def _instances(model: nn.Module, class_names: Iterable[str], *, strict: bool) ->
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if module is not model and type(plain(module)).__name__ in wanted and not _is_inside_wrapper(name)
+        if module is not model and type(plain(module)).__name__ in wanted and not is_wrapped(name)
     ]
     missing = wanted - {type(plain(module)).__name__ for _, module in found}
     if strict and missing:
@@ -120,14 +114,9 @@ def _instances(model: nn.Module, class_names: Iterable[str], *, strict: bool) ->
     return [(name, module) for name, module in found if any(True for _ in module.parameters())]
 
 
-def _is_inside_wrapper(name: str) -> bool:
-    """Whether `name` ends in a wrapper's own attribute: then the wrapper, which bears the layer's class too, counts."""
-    return name.rpartition(".")[2] in ("_checkpoint_wrapped_module", "_orig_mod")
-
-
 def _can_be_unit(name: str, module: nn.Module) -> bool:
     """Whether `module` is called: nobody calls a ModuleList or a ModuleDict, so nothing would gather it."""
-    return type(module).forward is not nn.Module.forward and not _is_inside_wrapper(name)
+    return type(module).forward is not nn.Module.forward and not is_wrapped(name)
 
 
 def _without_parts(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

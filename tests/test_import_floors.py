@@ -18,6 +18,7 @@ FLOORS = {
     1: {"traffic", "throughput", "planning"},
     2: {
         "_torch_compat",
+        "_torch_names",
         "process_groups",
         "collectives",
         "hop2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_mics import _torch_names
+from hf_mics.errors import MiCSError
 from hf_mics.plugin import MiCSPlugin
 from hf_mics.sharding import _widen_scalars, checkpoint_activations, restore_scalars
 
@@ -65,3 +68,36 @@ def test_checkpointed_layers_recompute_without_the_key_value_cache(name):
     for param, grad in zip(model.parameters(), expected, strict=True):
         assert (grad is None) == (param.grad is None)
         assert grad is None or torch.equal(param.grad, grad)
+
+
+def test_a_torch_without_a_name_that_is_read_is_refused_with_its_version():
+    def present(names: tuple[str, ...]) -> SimpleNamespace:
+        return SimpleNamespace(**dict.fromkeys(names))
+
+    class Context:
+        def lazy_init(self) -> None:
+            self.reduce_scatter_states, self.reduce_scatter_stream = [], None
+
+    class Group(SimpleNamespace):
+        def _init_mp_dtypes(self) -> None:
+            self._orig_dtype = self._reduce_dtype = None
+
+    def group(*without: str) -> Group:
+        made = Group(**dict.fromkeys(set(_torch_names._GROUP_ATTRIBUTES) - {"_init_mp_dtypes", *without}))
+        made.mesh_info, made.comm_ctx = present(_torch_names._MESH_ATTRIBUTES), Context()
+        made.fsdp_params = [present(_torch_names._PARAM_ATTRIBUTES)]
+        return made
+
+    _torch_names.check_group(group())
+    with pytest.raises(MiCSError, match=rf"torch {re.escape(torch.__version__)} has no FSDPParamGroup.device_handle"):
+        _torch_names.check_group(group("device_handle"))
+    bad = group()
+    del bad.fsdp_params[0]._orig_size
+    with pytest.raises(MiCSError, match=r"FSDPParam\._orig_size"):
+        _torch_names.check_group(bad)
+    Context.lazy_init = lambda self: None
+    with pytest.raises(MiCSError, match=r"FSDPCommContext\.reduce_scatter_states"):
+        _torch_names.check_group(group())
+    state = present(_torch_names._STATE_ATTRIBUTES)
+    with pytest.raises(MiCSError, match=r"FSDPStateContext\.post_backward_final_callback_queued"):
+        _torch_names.check_state(state)
