@@ -48,8 +48,8 @@ class PretrainArguments(BlockArguments):
     warmup_steps: int = field(default=20, metadata={"help": "Optimizer steps of linear warm-up before the cosine."})
     weight_decay: float = field(default=0.1, metadata={"help": "Of matrices; norms and biases have none."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    logging_steps: int = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    eval_steps: int = field(default=100, metadata={"help": "Evaluate every so many optimizer steps, and at the end."})
+    logging_steps: int = field(default=10, metadata={"help": "Log every so many optimizer steps; 0: only the first."})
+    eval_steps: int = field(default=100, metadata={"help": "Evaluate every so many steps (0: never), and at the end."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many optimizer steps; 0: never."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint folder, or 'latest'."})
     report_to: str = field(default="tensorboard", metadata={"help": "Any tracker of Accelerate's, 'all' or 'none'."})
@@ -140,6 +140,11 @@ def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: 
         progress.epoch, progress.sequences = progress.epoch + 1, 0
 
 
+def is_every(interval: int, step: int) -> bool:
+    """Returns whether something that is due every `interval` steps is due at `step`; never if that is 0."""
+    return interval > 0 and step % interval == 0
+
+
 def main() -> None:
     """Trains, evaluates, logs, saves."""
     text_args, args = HfArgumentParser((TextArguments, PretrainArguments)).parse_args_into_dataclasses()
@@ -190,9 +195,9 @@ def main() -> None:
         losses += step_losses
         step, is_last = progress.step, progress.step == args.max_steps
         is_stopped = accelerator.should_stop()  # SIGTERM: the cloud takes a node back
-        is_evaluation = is_last or (step % args.eval_steps == 0 and not is_stopped)
-        is_save = is_stopped or (args.save_steps > 0 and step % args.save_steps == 0)
-        if not (step == 1 or step % args.logging_steps == 0 or is_evaluation or is_save):
+        is_evaluation = is_last or (is_every(args.eval_steps, step) and not is_stopped)
+        is_save = is_stopped or is_every(args.save_steps, step)
+        if not (step == 1 or is_every(args.logging_steps, step) or is_evaluation or is_save):
             continue
 
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
