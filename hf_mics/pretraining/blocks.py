@@ -41,6 +41,11 @@ class BlockArguments:
     max_eval_blocks: int = field(default=256, metadata={"help": "Sequences to evaluate on, all processes together."})
 
     def __post_init__(self) -> None:
+        if self.tokenizer and self.vocab_size is not None:
+            raise ConfigError(
+                f"--vocab_size is of a tokenizer that is trained: expected it or --tokenizer, got both "
+                f"({self.vocab_size} and {self.tokenizer!r}). Leave one out."
+            )
         if self.max_eval_blocks < 1:
             raise ConfigError(f"--max_eval_blocks must be at least 1, got {self.max_eval_blocks}.")
 
@@ -49,7 +54,7 @@ class Blocks(NamedTuple):
     """What `prepare_blocks` returns."""
 
     config: PretrainedConfig
-    """Of the model; its vocabulary and special tokens are the tokenizer's."""
+    """Of the model; its special tokens are the tokenizer's, and its vocabulary has room for all of the tokenizer's."""
     tokenizer: PreTrainedTokenizerBase
     block_size: int
     learning_rate: float

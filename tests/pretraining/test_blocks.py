@@ -125,6 +125,11 @@ def test_presets_of_another_task_and_no_blocks_to_evaluate_on_are_refused():
         BlockArguments(preset="bert-tiny", max_eval_blocks=0)
 
 
+def test_a_vocabulary_to_train_beside_a_tokenizer_that_is_there_is_refused():
+    with pytest.raises(ConfigError, match=r"expected it or --tokenizer, got both \(300 and 'gpt2'\)"):
+        BlockArguments(preset="gpt-tiny", tokenizer="gpt2", vocab_size=300)
+
+
 def test_a_model_without_the_head_is_refused():
     with pytest.raises(ConfigError, match=r"A 'gpt2' model has no head for AutoModelForMaskedLM"):
         build_model(AutoModelForMaskedLM, GPT2Config(n_embd=12, n_head=2, n_layer=1))
