@@ -105,7 +105,7 @@ def _load_from_hub(arguments: SourceArguments, streaming: bool) -> dict[str, Any
 
 
 def _load_files(files: list[str], streaming: bool) -> AnyDataset:
-    """Loads local files of one kind. A text file with blank lines is read by paragraphs, one without by lines."""
+    """Loads local files of one kind. Text files with blank lines are read by paragraphs, ones without by lines."""
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes <= BUILDERS.keys():
         raise ConfigError(f"Text files must be of one kind of {', '.join(BUILDERS)}; got {', '.join(files)}.")
@@ -115,7 +115,7 @@ def _load_files(files: list[str], streaming: bool) -> AnyDataset:
         if not Path(file).stat().st_size:
             raise ConfigError(f"The text file {file} is empty: expected documents, got 0 bytes.")
     builder = BUILDERS[suffixes.pop()]
-    options = {"sample_by": _sample_by(files[0])} if builder == "text" else {}
+    options = {"sample_by": _sample_by(files)} if builder == "text" else {}
     try:
         dataset = load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming, **options)
         if next(iter(dataset), None) is None:
@@ -127,9 +127,20 @@ def _load_files(files: list[str], streaming: bool) -> AnyDataset:
     return dataset
 
 
-def _sample_by(file: str) -> str:
-    with open(file, "rb") as opened:
-        return "paragraph" if b"\n\n" in opened.read(PROBE_BYTES).strip() else "line"
+def _sample_by(files: list[str]) -> str:
+    """Returns what a document is in all of the text `files`: a "paragraph" or a "line"."""
+    found: dict[str, str] = {}
+    for file in files:
+        with open(file, "rb") as opened:
+            start = opened.read(PROBE_BYTES).replace(b"\r\n", b"\n").replace(b"\r", b"\n").strip()
+        if b"\n" in start:  # a single line is one document either way
+            found.setdefault("paragraph" if b"\n\n" in start else "line", file)
+    if len(found) > 1:
+        raise ConfigError(
+            "Text files must all have blank lines between their documents, or all one document a line: "
+            f"{found['paragraph']} has blank lines, {found['line']} has none. Convert one of them, or take jsonl."
+        )
+    return next(iter(found), "line")
 
 
 def _check_columns(dataset: AnyDataset, split: str, wanted: Mapping[str, str]) -> None:

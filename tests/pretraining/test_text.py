@@ -53,11 +53,20 @@ def test_local_files_give_every_document_once(tmp_path: Path, suffix: str, strea
     assert sorted(texts(splits["train"]) + texts(splits["validation"])) == sorted(LINES)
 
 
-def test_text_with_blank_lines_is_read_by_paragraphs(tmp_path: Path):
-    file = tmp_path / "a.txt"
-    file.write_text("one\nstill one\n\ntwo\n\nthree")
-    splits = load_text(TextArguments(train_file=[str(file)], validation_documents=1))
-    assert sorted(texts(splits["train"]) + texts(splits["validation"])) == ["one\nstill one", "three", "two"]
+@pytest.mark.parametrize("end_of_line", ["\n", "\r\n"])
+def test_text_with_blank_lines_is_read_by_paragraphs(tmp_path: Path, end_of_line: str):
+    """A file of a single line before it decides nothing."""
+    single, file = tmp_path / "a.txt", tmp_path / "b.txt"
+    single.write_text("zero")
+    file.write_bytes("one\nstill one\n\ntwo\n\nthree".replace("\n", end_of_line).encode())
+    splits = load_text(TextArguments(train_file=[str(single), str(file)], validation_documents=1))
+    assert sorted(texts(splits["train"]) + texts(splits["validation"])) == ["one\nstill one", "three", "two", "zero"]
+
+
+def test_text_files_of_paragraphs_and_of_lines_are_refused_together(tmp_path: Path):
+    lines, paragraphs = write(tmp_path / "a.txt"), write(tmp_path / "b.txt", ["one\n", "two"])
+    with pytest.raises(ConfigError, match=r"b\.txt has blank lines, .*a\.txt has none"):
+        load_text(TextArguments(train_file=[lines, paragraphs]))
 
 
 def test_validation_file_is_used_as_it_is(tmp_path: Path):
