@@ -58,10 +58,7 @@ def main() -> None:
     data = main_process_first(partial(load_labelled, data_args))
     set_seed(run_args.seed)
     model, tokenizer = load_classifier(args.model_name_or_path, data.train["text"], data.names)
-    train, validation = (
-        main_process_first(partial(tokenize, rows, tokenizer, model, args.max_length))
-        for rows in (data.train, data.validation)
-    )
+    train, validation = (tokenize(rows, tokenizer, model, args.max_length) for rows in (data.train, data.validation))
     trainer = Trainer(
         model=model,
         args=run_args,
