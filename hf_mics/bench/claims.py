@@ -9,6 +9,7 @@ from hf_mics.bench.tables import hop1_s
 
 _FULL_SHARDING_FACTOR, _HYBRID_FACTOR, _BOUND_FACTOR = 3.5, 2.0, 1.5
 _WIRE_SHARE, _SCALING_FACTOR = 0.03, 1.05
+_FEW_NODES, _MANY_NODES = 2, 8
 
 
 def _line(claim: str, measured: str, target: str, met: bool) -> str:
@@ -94,32 +95,33 @@ def losses(runs: Sequence[Summary]) -> list[str]:
     return [_line(claim, f"{equal} of {len(compared)}", "all", equal == len(compared))]
 
 
-def weak_scaling(runs: Sequence[Summary], nodes: tuple[int, int] = (2, 8)) -> list[str]:
+def weak_scaling(runs: Sequence[Summary]) -> list[str]:
     """Growth of MiCS's communication from the smaller to the larger cluster of 2-rank nodes, hop 2 without (r-1)/r."""
     of_shape = {
         r.configuration.nodes: r for r in runs if r.configuration.system == "mics" and r.configuration.node_size == 2
     }
-    if not all(n in of_shape for n in nodes):
+    if not {_FEW_NODES, _MANY_NODES} <= of_shape.keys():
         return []
 
     def without_growth_s(run: Summary) -> float:
         r = run.configuration.topology.replication_size
         return hop1_s(run) + run.waits_s.get("all_reduce", 0.0) * r / (r - 1)
 
-    small, large = (of_shape[n] for n in nodes)
+    small, large = of_shape[_FEW_NODES], of_shape[_MANY_NODES]
     growth = without_growth_s(large) / without_growth_s(small)
-    claim = f"communication time of MiCS at {nodes[1]} nodes over {nodes[0]}, hop 2 times r/(r-1)"
+    claim = f"communication time of MiCS at {_MANY_NODES} nodes over {_FEW_NODES}, hop 2 times r/(r-1)"
     lines = [_line(claim, f"{growth:.2f}x", f"at most {_SCALING_FACTOR}x", growth <= _SCALING_FACTOR)]
     sent = large.sent_bytes / small.sent_bytes
     expected = (large.expected_sent_bytes or 0.0) / (small.expected_sent_bytes or 1.0)
     lines.append(
-        f"- bytes per NIC of MiCS at {nodes[1]} nodes over {nodes[0]}: {sent:.2f}x ((r-1)/r alone: {expected:.2f}x)"
+        f"- bytes per NIC of MiCS at {_MANY_NODES} nodes over {_FEW_NODES}: {sent:.2f}x "
+        f"((r-1)/r alone: {expected:.2f}x)"
     )
     zero3 = {r.configuration.nodes: r for r in runs if r.configuration.variant == "fsdp2"}
-    if all(n in zero3 for n in nodes):
-        small, large = (zero3[n] for n in nodes)
+    if {_FEW_NODES, _MANY_NODES} <= zero3.keys():
+        small, large = zero3[_FEW_NODES], zero3[_MANY_NODES]
         lines.append(
-            f"- {large.configuration.label} (ZeRO-3) at {nodes[1]} nodes over {nodes[0]}: communication time "
+            f"- {large.configuration.label} (ZeRO-3) at {_MANY_NODES} nodes over {_FEW_NODES}: communication time "
             f"{large.communication_s / small.communication_s:.2f}x, bytes per NIC "
             f"{large.sent_bytes / small.sent_bytes:.2f}x"
         )

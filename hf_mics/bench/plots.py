@@ -88,8 +88,8 @@ def traffic(runs: Sequence[Summary], path: Path, note: str) -> None:
         axes.legend(fontsize=7, frameon=False)
 
 
-def lines(runs: Sequence[Summary], of: str, title: str, path: Path, note: str, *, log: bool = True) -> None:
-    """Seconds per step of every system against a field of the configuration."""
+def lines(runs: Sequence[Summary], of: str, title: str, path: Path, note: str) -> None:
+    """Seconds per step of every system against a field of the configuration, both on logarithmic axes."""
     with _figure(path, (6.5, 4), note) as axes:
         for system in dict.fromkeys(run.configuration.variant for run in runs):
             mine = sorted(
@@ -98,9 +98,8 @@ def lines(runs: Sequence[Summary], of: str, title: str, path: Path, note: str, *
             values = [getattr(run.configuration, of) for run in mine]
             style = {"color": _OURS, "linewidth": 2.5} if mine[0].configuration.system == "mics" else {}
             axes.plot(values, [r.step_s for r in mine], "o-", label=mine[0].configuration.label, **style)  # type: ignore[arg-type]
-        if log:
-            axes.set_xscale("log")
-            axes.set_yscale("log")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
         axes.set_xlabel(title)
         axes.set_ylabel("seconds per optimizer step")
         axes.legend(fontsize=7, frameon=False)

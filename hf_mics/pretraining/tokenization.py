@@ -56,15 +56,16 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
     )
 
 
-def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> PreTrainedTokenizerFast:
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a BERT style tokenizer with [PAD] [UNK] [CLS] [SEP] [MASK], which adds [CLS] and [SEP] by itself.
+
+    It folds case and strips accents, as those of "uncased" models do.
 
     Args:
         texts: what to train on; gone through twice (a list or a data set column, not a generator).
         vocab_size: at most so many tokens.
-        lowercase: fold case and strip accents, as in "uncased" models.
     """
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    normalizer = normalizers.BertNormalizer(lowercase=True)
     counts = Counter(char for text in texts for char in normalizer.normalize_str(text) if not char.isspace())
     alphabet = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:MAX_ALPHABET_SIZE])
     # The trainer numbers "##a", "##b" ... in the order of a hash map, which differs from run to run (tokenizers 0.23);
