@@ -23,6 +23,27 @@ from hf_mics.bench.wire import expected_nic_bytes
 from hf_mics.bench.workload import block_class, build_model, build_optimizer
 
 
+def stock_accelerator(partition_size: int | None, layer: str | None = None, **options: Any) -> Accelerator:
+    """Accelerate's own Accelerator with FSDP2 on CPUs, to compare with.
+
+    Args:
+        partition_size: hybrid sharding in groups of so many ranks; None shards over all ranks.
+        layer: the class of the model's layers; default what the model declares.
+        options: as for `Accelerator`.
+    """
+    start_process_state(cpu=True)  # only makes accelerate's FSDP run on CPUs
+    sizes = None
+    if partition_size is not None:
+        replicas = dist.get_world_size() // partition_size
+        sizes = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=partition_size)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=None if layer is None else [layer],
+    )
+    return Accelerator(fsdp_plugin=plugin, parallelism_config=sizes, cpu=True, **options)
+
+
 class AcceleratedTrainer(Trainer):
     """An accelerate loop as its documentation writes it, with the Accelerator that `_accelerator` builds."""
 
@@ -33,24 +54,11 @@ class AcceleratedTrainer(Trainer):
         self.model, self._optimizer = self._accelerator.prepare(model, build_optimizer(model))
 
     def _build_accelerator(self, configuration: Configuration) -> Accelerator:
-        # Only makes accelerate's FSDP run on CPUs.
-        start_process_state(cpu=True)
-        sizes = None
-        if configuration.partition_size is not None:
-            topology = configuration.topology
-            sizes = ParallelismConfig(
-                dp_replicate_size=topology.replication_size, dp_shard_size=topology.partition_size
-            )
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-            transformer_cls_names_to_wrap=[block_class(configuration.model)],
-        )
         accumulation = GradientAccumulationPlugin(
             num_steps=configuration.micro_steps, sync_each_batch=not configuration.system.endswith("-no-sync")
         )
-        return Accelerator(
-            fsdp_plugin=plugin, parallelism_config=sizes, gradient_accumulation_plugin=accumulation, cpu=True
+        return stock_accelerator(
+            configuration.partition_size, block_class(configuration.model), gradient_accumulation_plugin=accumulation
         )
 
     def micro_step(self, batch: Batch, *, last: bool) -> torch.Tensor:
