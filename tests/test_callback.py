@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import recipes
 from tests.assets.trainer_door import MODELS, make_model, make_trainer, report
+from tests.recipes import launch
+from tests.scripts import run_on_ranks
 
 ASSETS = Path(__file__).parent / "assets"
 # SGD keeps differences proportional to the fp32 rounding of sums over 4 ranks x 2 micro-steps x 24 tokens, about 1e-7
 # of gradients of order 1, times 10 steps of rate 0.1; losses and norms are sums of as many terms.
 TOLERANCE = 2e-6
-
-
-def launch(report: Path, *command: str | Path) -> tuple[dict[str, Any], str]:
-    """Launches a script on 4 ranks as a user would; returns what it saved in `report` and its stderr."""
-    result = recipes.launch(*command)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return torch.load(report), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +26,15 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     folder = tmp_path_factory.mktemp("doors")
     script = ASSETS / "trainer_door.py"
     seen: dict[str, dict[str, Any]] = {"alone": {}}
-    seen["callback"], by_callback = launch(folder / "callback", script, folder / "callback", "--callback")
-    seen["runner"], under_runner = launch(folder / "runner", "-m", "hf_mics", script, folder / "runner")
-    for told in (by_callback, under_runner):
-        assert told.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == len(MODELS)
-        assert told.count("per optimizer step of 2 micro-steps") == len(MODELS)
+    ranks = run_on_ranks(script, folder / "callback", "--callback")
+    assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr[-4000:]
+    stderr = "".join(rank.stderr for rank in ranks)
+    assert stderr.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == len(MODELS)
+    assert stderr.count("per optimizer step of 2 micro-steps") == len(MODELS)
+    seen["callback"] = torch.load(folder / "callback")
+    launched = launch("-m", "hf_mics", script, folder / "runner")
+    assert launched.returncode == 0, launched.stderr[-4000:]
+    seen["runner"] = torch.load(folder / "runner")
     for name in MODELS:
         trainer = make_trainer(name, str(folder / "alone"), 8, [])
         trainer.train()
@@ -87,21 +83,10 @@ def test_the_other_ranks_name_a_rank_that_died_and_its_node() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, ASSETS / "trainer_loses_a_rank.py", "2"],
-            env={**recipes.ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "4",
-                 "LOCAL_WORLD_SIZE": "4", "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in "0123"
-    ]  # fmt: skip
-    try:
-        told = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [1, 1, -signal.SIGKILL, 1]
-    for rank in (0, 1, 3):
-        assert f"MiCS: rank 2 on node {socket.gethostname()} died" in told[rank], told[rank][-3000:]
-        assert f"why rank {rank} failed" in told[rank]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = run_on_ranks(ASSETS / "trainer_loses_a_rank.py", 2, environment=meeting)
+    assert [rank.returncode for rank in ranks] == [1, 1, -signal.SIGKILL, 1]
+    for number in (0, 1, 3):
+        told = ranks[number].stderr
+        assert f"MiCS: rank 2 on node {socket.gethostname()} died" in told, told[-3000:]
+        assert f"why rank {number} failed" in told

@@ -1,4 +1,4 @@
-"""Does the GPT recipe train, resume and save what `from_pretrained` loads, launched as a user would?"""
+"""Does the GPT recipe train, resume, stop when it is told to, and save what `from_pretrained` loads?"""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from hf_mics.checkpoint.folder import find_checkpoints
-from tests.recipes import ENVIRONMENT, ROOT, command, launch, launch_recipe, run_alone
+from tests.recipes import ENVIRONMENT, MICS_4X2, ROOT, command, count_on_ranks, run_alone, run_on_ranks
 
-RECIPE = ROOT / "recipes" / "pretrain_gpt.py"
+RECIPE = "pretrain_gpt.py"
+SCRIPT = ROOT / "recipes" / RECIPE
 # 9 blocks on 4 ranks in batches of 1 are an epoch of 3 micro-steps: windows of 2 straddle every other epoch, and step 5
 # is in the middle of one.
 BLOCK_TOKENS, NUM_BLOCKS = 16, 9
@@ -53,16 +54,17 @@ def test_recipe_resumes_bit_equal_in_mid_epoch_and_saves_a_hugging_face_folder(
     common: list[str | Path], tmp_path: Path
 ):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    first = launch(RECIPE, *common, "--output_dir", whole, "--max_steps", 8, "--save_steps", 5)
-    assert first.returncode == 0, first.stderr[-4000:]
-    assert "MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2" in first.stderr + first.stdout
+    first = run_on_ranks(RECIPE, *common, "--output_dir", whole, "--max_steps", 8, "--save_steps", 5)
+    assert all(rank.returncode == 0 for rank in first), first[0].stderr[-4000:]
+    assert MICS_4X2 in first[0].stderr + first[0].stdout
     assert (whole / "loss.png").stat().st_size > 10_000
     assert list((whole / "logs").rglob("events*"))
 
     checkpoint = whole / "checkpoints" / "step_00000005"
-    second = launch(RECIPE, *common, "--output_dir", resumed, "--max_steps", 8, "--resume_from_checkpoint", checkpoint)
-    assert second.returncode == 0, second.stderr[-4000:]
-    assert "at step 5" in second.stdout
+    flags = ("--output_dir", resumed, "--max_steps", 8, "--resume_from_checkpoint", checkpoint)
+    second = run_on_ranks(RECIPE, *common, *flags)
+    assert all(rank.returncode == 0 for rank in second), second[0].stderr[-4000:]
+    assert "at step 5" in second[0].stdout
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -74,10 +76,11 @@ def test_recipe_resumes_bit_equal_in_mid_epoch_and_saves_a_hugging_face_folder(
 
 
 def test_sigterm_to_the_launcher_saves_at_the_end_of_the_step_on_all_ranks(common: list[str | Path], tmp_path: Path):
+    """Launched as a user would."""
     log = tmp_path / "log.txt"
     flags = [*common, "--output_dir", tmp_path, "--max_steps", 100_000, "--report_to", "none", *NEVER]
     with log.open("w") as output:
-        job = subprocess.Popen(command(RECIPE, *flags), env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen(command(SCRIPT, *flags), env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 150
         while not re.search(r"[1-9]\d*/100000", log.read_text()):
@@ -110,13 +113,13 @@ def test_four_ranks_train_like_one_process_with_hop_2_once_per_optimizer_step(co
     (tmp_path / "train.txt").write_text((string.ascii_letters * 4)[: BLOCK_TOKENS * 12 - 1])
     flags = [*common, "--model_config", tmp_path, "--train_file", tmp_path / "train.txt", "--max_steps", 5]
     ours, alone = tmp_path / "ours", tmp_path / "alone"
-    (counts,) = launch_recipe(
-        *("pretrain_gpt.py", tmp_path / "report", *flags, "--output_dir", ours, "--gradient_accumulation_steps", 2)
+    (counts,) = count_on_ranks(
+        *(RECIPE, tmp_path / "report", *flags, "--output_dir", ours, "--gradient_accumulation_steps", 2)
     )
     for of_rank in counts:
         assert of_rank["all_reduce/replication"] == 5 * of_rank["units"]
         assert of_rank["reduce_scatter/partition"] == 10 * of_rank["units"]
-    run_alone("pretrain_gpt.py", *flags, "--output_dir", alone, "--gradient_accumulation_steps", 8)
+    run_alone(RECIPE, *flags, "--output_dir", alone, "--gradient_accumulation_steps", 8)
     # fp32 sums over 120 tokens in another order: relative 120 x 2^-24 = 7e-6 at worst in a gradient, no more in AdamW's
     # steps, but for weights without any effect, whose gradients are rounding alone.
     for tag in ("train/loss_nats_per_token", "validation/loss_nats_per_token"):
@@ -131,11 +134,19 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_leaves_the_checkpoints_b
 ):
     """The second step's rate makes weights whose products overflow, so the third loss is NaN; every step saves."""
     flags = (*common, "--output_dir", tmp_path, "--report_to", "none", "--max_steps", 4, "--save_steps", 1)
-    result = launch(RECIPE, *flags, "--learning_rate", 1e30)
-    assert result.returncode != 0
+    ranks = run_on_ranks(RECIPE, *flags, "--learning_rate", 1e30)
     expected = "LossError: the loss is not finite: optimizer step 3, micro-step 1, seen first by rank 0 on node"
-    assert result.stderr.count(expected) == 4, result.stderr[-4000:]
+    for rank in ranks:
+        assert rank.returncode == 1
+        assert rank.stderr.count(expected) == 1, rank.stderr[-4000:]
     found = find_checkpoints(tmp_path / "checkpoints", "step_")
     assert [path.name for path in found.complete] == ["step_00000001", "step_00000002"]
     assert sorted((tmp_path / "checkpoints").iterdir()) == found.complete
     assert not (tmp_path / "model").exists()
+
+
+def test_bad_input_is_the_same_clear_error_on_every_rank(common: list[str | Path], tmp_path: Path):
+    expected = "ConfigError: Blocks longer than the model's context: expected a --block_size of at most 16, got 4096"
+    for rank in run_on_ranks(RECIPE, *common, "--output_dir", tmp_path, "--max_steps", 2, "--block_size", 4096):
+        assert rank.returncode == 1
+        assert rank.stderr.count(expected) == 1

@@ -1,4 +1,7 @@
-"""Does `python -m hf_mics` put unchanged scripts under MiCS, and otherwise behave as python does?"""
+"""Does `python -m hf_mics` put unchanged scripts under MiCS, and otherwise behave as python does?
+
+A launch of it, with a script that imports the Trainer after it, is in test_callback.py.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,43 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hf_mics.errors import ConfigError
 from hf_mics.plugin import MiCSPlugin, keep_runner_flags, with_runner_flags
+from tests.scripts import ROOT, run_alone, run_on_ranks
 
-ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
-CONFIG = ROOT / "recipes" / "configs" / "cpu_2x2.yaml"
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_both(*commands: tuple[str | Path, ...]) -> list[subprocess.CompletedProcess[str]]:
+    """Runs python with each of two command lines, at the same time."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=180
-    )
+
+    def run(command: tuple[str | Path, ...]) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, *map(str, command)]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(run, commands))
 
 
-def launch(tmp_path: Path, *command: str | Path) -> list[dict]:
-    """Launches a script on 4 ranks as a user would, and returns each rank's counts."""
-    result = run(
-        *("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0"),
-        *(ASSETS / "run_and_report.py", tmp_path, *command),
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stderr.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == 1
-    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
+def count_on_ranks(folder: Path, *command: str | Path) -> list[dict]:
+    """Runs a script under the runner on 4 ranks, and returns each rank's counts."""
+    ranks = run_on_ranks(ASSETS / "run_and_report.py", folder, *command)
+    assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr[-4000:]
+    stderr = "".join(rank.stderr for rank in ranks)
+    assert stderr.count("MiCS: 4 ranks on 1 node of 4, 2 partition groups of 2") == 1
+    reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
     assert all(len(report) == 1 for report in reports)
     return [report[0] for report in reports]
 
 
 def test_accelerate_script_with_accumulate_runs_hop_2_once_per_optimizer_step(tmp_path: Path) -> None:
-    for counts in launch(tmp_path, ASSETS / "accelerate_causal.py", "--epochs", "2"):
+    for counts in count_on_ranks(tmp_path, ASSETS / "accelerate_causal.py", "--epochs", "2"):
         # 40 rows on 4 ranks in batches of 2 are 5 micro-steps an epoch: windows of 2, 2 and 1.
         assert counts["topology"] == [4, 4, 2]
         assert counts["all_reduce/replication"] == 2 * 3 * counts["units"]
@@ -47,13 +53,13 @@ def test_accelerate_script_with_accumulate_runs_hop_2_once_per_optimizer_step(tm
 
 
 def test_accelerate_script_with_no_sync_by_hand_runs_hop_2_once_per_optimizer_step(tmp_path: Path) -> None:
-    for counts in launch(tmp_path, ASSETS / "accelerate_classifier.py", tmp_path / "state"):
+    for counts in count_on_ranks(tmp_path, ASSETS / "accelerate_classifier.py", tmp_path / "state"):
         assert counts["all_reduce/replication"] == 3 * counts["units"]
         assert counts["reduce_scatter/partition"] == 3 * 4 * counts["units"]
 
 
 def test_trainer_script_runs_hop_2_once_per_optimizer_step(tmp_path: Path) -> None:
-    for counts in launch(tmp_path, ASSETS / "trainer_causal.py", tmp_path / "out"):
+    for counts in count_on_ranks(tmp_path, ASSETS / "trainer_causal.py", tmp_path / "out"):
         # 72 rows on 4 ranks in batches of 2 are 9 micro-steps an epoch: four windows of 2 and one of 1.
         assert counts["all_reduce/replication"] == 2 * 5 * counts["units"]
         assert counts["reduce_scatter/partition"] == 2 * 9 * counts["units"]
@@ -85,27 +91,27 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_script_sees_its_own_argv_and_name_and_sets_the_exit_code(package: Path) -> None:
-    ours = run("-m", "hf_mics", "--partition-size", "2", package / "show.py", "--partition-size", "x", "-m")
-    alone = run(package / "show.py", "--partition-size", "x", "-m")
+    words = (package / "show.py", "--partition-size", "x", "-m")
+    ours, alone = run_both(("-m", "hf_mics", "--partition-size", "2", *words), words)
     assert ours.returncode == 7
     assert ours.stdout.splitlines()[0] == alone.stdout.splitlines()[0]
     assert ours.stdout.splitlines()[1] == "True"
 
 
 def test_module_runs_as_under_python_m(package: Path) -> None:
-    ours = run("-m", "hf_mics", "-m", "tool.show", "a", cwd=package)
-    alone = run("-m", "tool.show", "a", cwd=package)
+    ours = run_alone("-m", "hf_mics", "-m", "tool.show", "a", cwd=package)
+    alone = run_alone("-m", "tool.show", "a", cwd=package)
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout == alone.stdout
 
 
 def test_module_whose_package_imports_accelerator_early_gets_the_mics_one(package: Path) -> None:
-    result = run("-m", "hf_mics", "-m", "eager.run", cwd=package)
+    result = run_alone("-m", "hf_mics", "-m", "eager.run", cwd=package)
     assert result.stdout == "True\n", result.stderr
 
 
 def test_flags_hold_for_a_mics_accelerator_and_for_accelerates_own_fsdp_plugin(package: Path) -> None:
-    result = run("-m", "hf_mics", "--flat", "--gradient-wire-dtype", "float32", package / "plugin.py")
+    result = run_alone("-m", "hf_mics", "--flat", "--gradient-wire-dtype", "float32", package / "plugin.py")
     expected = {"partition_size": None, "node_size": None, "hierarchical": False, "gradient_wire_dtype": "float32"}
     assert result.stdout == f"{expected}\n{expected} False\n", result.stderr
 
@@ -122,8 +128,7 @@ def test_flags_fill_in_what_the_scripts_own_plugin_leaves_out_and_contradict_not
 
 
 def test_traceback_starts_in_the_script(package: Path) -> None:
-    ours = run("-m", "hf_mics", package / "fail.py")
-    alone = run(package / "fail.py")
+    ours, alone = run_both(("-m", "hf_mics", package / "fail.py"), (package / "fail.py",))
     assert ours.returncode == alone.returncode == 1
     assert ours.stderr[ours.stderr.index("Traceback") :] == alone.stderr
 
@@ -138,6 +143,6 @@ def test_traceback_starts_in_the_script(package: Path) -> None:
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_says_why(arguments: tuple[str, ...], expected: str) -> None:
-    result = run("-m", "hf_mics", *arguments)
+    result = run_alone("-m", "hf_mics", *arguments)
     assert result.returncode == 2
     assert expected in result.stderr
