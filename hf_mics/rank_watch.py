@@ -66,21 +66,23 @@ class RankWatch:
         Raises:
             RuntimeError: the store does not answer, and nothing was found while it did.
         """
-        if self._finding:
-            return self._finding
+        if not self._finding:
+            self._look()
+        # This process may host the store: the others read the finding with their next beat.
+        time.sleep(2 * _BEAT_S)
+        return self._finding
+
+    def _look(self) -> None:
         before = self._words()
         for _ in range(_LOOK_BEATS):
             time.sleep(_BEAT_S)
-            # Whoever looked first may host the store, and is gone two beats after it has left its finding there.
+            # Of a rank that looked earlier, whose store may be gone before this look ends.
             self._read_finding()
             if self._finding:
-                return self._finding
+                return
         after = self._words()
         self._finding = [r for r, word in after.items() if word == before.get(r) and word not in (_LEFT, _RAISED)]
         self._store.set("finding", ",".join(map(str, self._finding)))
-        # The others read it with their next beat.
-        time.sleep(2 * _BEAT_S)
-        return self._finding
 
     def describe(self, ranks: Sequence[int]) -> str:
         """The ranks with their nodes."""
