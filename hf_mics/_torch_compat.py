@@ -311,7 +311,8 @@ def find_units(model: nn.Module) -> Iterator[Unit]:
 
 def is_root(model: nn.Module) -> bool:
     """Whether `model` itself, under `torch.compile` or not, was passed to `fully_shard`."""
-    return isinstance(plain(model), FSDPModule)
+    # FSDP2 shards either the compiled module or the one inside it.
+    return isinstance(model, FSDPModule) or isinstance(plain(model), FSDPModule)
 
 
 # Where activation checkpointing and torch.compile keep the module that they wrap.

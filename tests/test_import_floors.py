@@ -30,9 +30,9 @@ FLOORS = {
         "rank_watch",
         "training_meter",
         "testing",
-        "calibration",
     },
     3: {
+        "calibration",
         "_hf_compat",
         "memory_probe",
         "probe_models",

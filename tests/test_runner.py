@@ -78,14 +78,11 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "eager" / "run.py").write_text("from eager import Accelerator; print(Accelerator.knows_mics)\n")
     (folder / "plugin.py").write_text(
         "from accelerate import Accelerator\n"
-        "from accelerate.state import AcceleratorState\n"
         "from accelerate.utils import FullyShardedDataParallelPlugin\n"
-        "from hf_mics import MiCSAccelerator\n"
-        "print(MiCSAccelerator().mics_plugin.settings())\n"
-        "AcceleratorState._reset_state()\n"
         "a = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=False))\n"
         "print(a.mics_plugin.settings(), a.mics_plugin.reshard_after_forward)\n"
     )
+    (folder / "own.py").write_text("import hf_mics; print(hf_mics.MiCSAccelerator().mics_plugin.settings(), True)\n")
     (folder / "fail.py").write_text("def inner():\n    raise KeyError('mine')\n\ninner()\n")
     return folder
 
@@ -110,10 +107,13 @@ def test_module_whose_package_imports_accelerator_early_gets_the_mics_one(packag
     assert result.stdout == "True\n", result.stderr
 
 
-def test_flags_hold_for_a_mics_accelerator_and_for_accelerates_own_fsdp_plugin(package: Path) -> None:
-    result = run_alone("-m", "hf_mics", "--flat", "--gradient-wire-dtype", "float32", package / "plugin.py")
+@pytest.mark.parametrize(("script", "reshards"), [("own.py", True), ("plugin.py", False)])
+def test_flags_hold_for_a_mics_accelerator_and_for_accelerates_own_fsdp_plugin(
+    package: Path, script: str, reshards: bool
+) -> None:
+    result = run_alone("-m", "hf_mics", "--flat", "--gradient-wire-dtype", "float32", package / script)
     expected = {"partition_size": None, "node_size": None, "hierarchical": False, "gradient_wire_dtype": "float32"}
-    assert result.stdout == f"{expected}\n{expected} False\n", result.stderr
+    assert result.stdout == f"{expected} {reshards}\n", result.stderr
 
 
 def test_flags_fill_in_what_the_scripts_own_plugin_leaves_out_and_contradict_nothing(monkeypatch) -> None:

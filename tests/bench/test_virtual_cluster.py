@@ -220,8 +220,9 @@ def test_accelerate_launches_one_machine_per_node(cluster: VirtualCluster, tmp_p
 
 
 OWNER = """
-import os, sys, time
+import os, signal, sys, time
 from hf_mics.bench.virtual_cluster import VirtualCluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 with VirtualCluster(2, 40, name=sys.argv[1]) as cluster:
     with cluster.start(lambda node: [sys.executable, "-c", "import time; time.sleep(600)"]):
         print(cluster._guard.pid, flush=True)
@@ -273,7 +274,10 @@ def test_nothing_is_left_when_its_owner_is_interrupted_or_killed(how: signal.Sig
             VirtualCluster(2, name=name).up()
     finally:
         os.killpg(process.pid, how)  # as Ctrl-C does: the process and its children
-    process.wait(20)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
     wait_until(lambda: cluster_state.read(name) is None and is_dead(guard))
     assert machine() == before
 
