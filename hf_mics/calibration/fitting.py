@@ -13,7 +13,7 @@ from hf_mics.errors import MiCSError
 from hf_mics.planning.cluster import Link, Range
 
 # A range goes from the 5 % to the 95 % quantile of what was measured, and at least this factor either way: repeats
-# within minutes cannot show how two days differ. Two runs on one machine differed by about that much.
+# within minutes cannot show how two days differ. The factor is an assumption.
 SPREAD_QUANTILES = (0.05, 0.95)
 LEAST_SPREAD = 1.05
 
