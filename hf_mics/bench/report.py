@@ -160,7 +160,9 @@ def _weak_scaling(report: Report) -> None:
     if runs:
         report.add(
             "16 ranks share the CPUs at every size: clusters smaller than that train side by side, in copies of which "
-            "the first is measured, so that what grows is communication and not the load.",
+            "the first is measured, so that what grows is communication and not the load. Copies do not run in step, "
+            "though: while one waits for its NICs, another has the CPUs for its hop 1. In one cluster of 16 ranks all "
+            "run hop 1 at once, so that it takes longer there without sending a byte between nodes.",
             "\n".join(claims.weak_scaling(runs)),
             tables.weak_scaling(runs),
         )
