@@ -33,17 +33,9 @@ from hf_mics._hf_compat import (
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
 from hf_mics.checkpoint.resuming import around_checkpoint_function
 from hf_mics.checkpoint.stop import StopRequest
-from hf_mics.engine import (
-    apply_mics,
-    host_without_node_size,
-    is_under_mics,
-    mics_engine,
-    node_size_from_launcher,
-    refuse_unknown_node_size,
-)
+from hf_mics.engine import apply_mics, is_under_mics, mics_engine, say_node_size
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology, with_runner_flags
-from hf_mics.process_groups import say_to_all
 from hf_mics.rank_watch import watch_ranks
 from hf_mics.sharding import checkpoint_activations, restore_scalars, shard_model
 from hf_mics.summary import start_up_summary
@@ -282,25 +274,19 @@ def _init_process_group_kwargs(handlers: list[Any] | None) -> dict[str, Any]:
 
 def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
     """Every rank's node name and the ranks per node, from what every rank says; so all ranks raise or none does."""
-    said = say_to_all(
-        lambda: (
-            host_without_node_size(plugin.node_size),
-            (socket.gethostname(), plugin.node_size or node_size_from_launcher(), plugin.partition_size),
-        )
-    )
-    refuse_unknown_node_size([host for host, _ in said])
-    everyone = [settings for _, settings in said]
-    sizes = {size for _, size, _ in everyone}
+    everyone = say_node_size(plugin.node_size, (socket.gethostname(), plugin.partition_size))
+    sizes = {size for size, _ in everyone}
     if len(sizes) > 1:
-        table = ", ".join(f"ranks on {host}: {size}" for host, size in sorted({(h, s) for h, s, _ in everyone}))
+        differing = sorted({(host, size) for size, (host, _) in everyone})
+        table = ", ".join(f"ranks on {host}: {size}" for host, size in differing)
         raise TopologyError(
             f"every node must run as many ranks: LOCAL_WORLD_SIZE differs between nodes ({table}). Launch the same "
             "number of processes on every node, or set MiCSPlugin(node_size=...)."
         )
-    partitions = {partition for _, _, partition in everyone}
+    partitions = {partition for _, (_, partition) in everyone}
     if len(partitions) > 1:
         raise TopologyError(f"every rank must ask for the same partition_size, got {sorted(map(str, partitions))}.")
-    return [host for host, _, _ in everyone], sizes.pop()
+    return [host for _, (host, _) in everyone], sizes.pop()
 
 
 def _leave_job_at_exit() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -31,6 +30,7 @@ WireDtype = Literal["auto", "float32", "bfloat16"]
 _WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 class MiCSEngine:
@@ -218,36 +218,38 @@ def node_size_from_launcher() -> int:
     return int(text)
 
 
-def host_without_node_size(node_size: int | None) -> str | None:
-    """This host's name where neither the user nor the launcher says how many ranks it has, else None."""
-    return socket.gethostname() if node_size is None and "LOCAL_WORLD_SIZE" not in os.environ else None
+def say_node_size(node_size: int | None, settings: T) -> list[tuple[int, T]]:
+    """(ranks per node, `settings`) as every rank says them, in rank order; a collective.
 
-
-def refuse_unknown_node_size(hosts: Sequence[str | None]) -> None:
-    """Raises where ranks of several hosts, by every rank's `host_without_node_size`, would be taken for one node.
+    Args:
+        node_size: the user's; None takes `node_size_from_launcher`.
+        settings: anything else that the ranks want to know of one another.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: a launcher's variable that is no number of ranks; or neither the user nor the launcher says how
+            many ranks a node has, and there are several hosts, which would be taken for one node.
     """
-    names = sorted({host for host in hosts if host is not None})
-    if len(names) > 1:
+    is_unknown = node_size is None and "LOCAL_WORLD_SIZE" not in os.environ
+    said = say_to_all(
+        lambda: (
+            socket.gethostname() if is_unknown else None,
+            node_size_from_launcher() if node_size is None else node_size,
+            settings,
+        )
+    )
+    hosts = sorted({host for host, _, _ in said if host is not None})
+    if len(hosts) > 1:
         raise ConfigError(
-            f"the job runs on {len(names)} hosts ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}), but how "
+            f"the job runs on {len(hosts)} hosts ({', '.join(hosts[:4])}{', ...' if len(hosts) > 4 else ''}), but how "
             "many ranks each runs is not known: LOCAL_WORLD_SIZE is not set. Launch with `accelerate launch` or "
             "torchrun, which set it, export it in the srun or mpirun command, or pass node_size."
         )
+    return [(size, theirs) for _, size, theirs in said]
 
 
 def _agree(node_size: int | None, hierarchical: bool, wire: str) -> int:
     """The node size, once every rank has said the same settings; so that all ranks raise or none does."""
-    hosts_and_settings = say_to_all(
-        lambda: (
-            host_without_node_size(node_size),
-            (node_size_from_launcher() if node_size is None else node_size, hierarchical, wire),
-        )
-    )
-    refuse_unknown_node_size([host for host, _ in hosts_and_settings])
-    everyone = [settings for _, settings in hosts_and_settings]
+    everyone = [(size, *settings) for size, settings in say_node_size(node_size, (hierarchical, wire))]
     if len(set(everyone)) > 1:
         table = "; ".join(f"rank {rank}: {said}" for rank, said in list(enumerate(everyone))[:16])
         raise TopologyError(

@@ -33,11 +33,14 @@ from hf_mics.wrapping import WrapPlan, holds_input_embeddings, plan_units
 def unit_plan(plugin: Any, model: nn.Module) -> WrapPlan:
     """The units that `plugin`, an accelerate FSDP plugin, asks for or that are found in `model`."""
     policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
-    if policy is size_based_auto_wrap_policy and not plugin.min_num_params:
-        policy = None  # as accelerate reads a size of 0, which is also what a config without one gives
-    if policy is transformer_auto_wrap_policy or policy is None:
-        return plan_units(model, class_names=plugin.transformer_cls_names_to_wrap or ())
-    return plan_units(model, policy=fsdp2_prepare_auto_wrap_policy(plugin, model))
+    # A size of 0, which a config without one gives, is no policy to accelerate either.
+    if policy is size_based_auto_wrap_policy and plugin.min_num_params:
+        return plan_units(model, policy=fsdp2_prepare_auto_wrap_policy(plugin, model))
+    plan = plan_units(model, class_names=plugin.transformer_cls_names_to_wrap or ())
+    if policy not in (None, transformer_auto_wrap_policy, size_based_auto_wrap_policy):
+        name = getattr(policy, "__name__", policy)
+        plan.reason += f"; auto_wrap_policy {name} is ignored, as by accelerate's FSDP2"
+    return plan
 
 
 def checkpoint_activations(accelerator: Any, model: nn.Module) -> nn.Module:

@@ -53,7 +53,7 @@ def plan_units(
     Args:
         model: not yet sharded; compiled and activation-checkpointed modules are looked through.
         class_names: classes to wrap, as the user named them; they win over everything found.
-        policy: a size-based or custom policy of the user's; wins likewise.
+        policy: a size-based policy of the user's; wins likewise.
 
     Raises:
         ConfigError: a named class does not occur in the model.

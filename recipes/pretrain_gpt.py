@@ -145,18 +145,23 @@ def is_every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+def make_accelerator(args: PretrainArguments) -> MiCSAccelerator:
+    """Returns Accelerate's Accelerator with MiCS inside."""
+    return MiCSAccelerator(
+        # Windows may straddle epochs: each has the same number of micro-steps, and every token the same weight.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+
+
 def main() -> None:
     """Trains, evaluates, logs, saves."""
     text_args, args = HfArgumentParser((TextArguments, PretrainArguments)).parse_args_into_dataclasses()
-    output_dir = Path(args.output_dir)
-    # Windows may straddle epochs: each has the same number of micro-steps, and every token the same weight.
-    window = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = MiCSAccelerator(
-        gradient_accumulation_plugin=window,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=output_dir,
-    )
+    output_dir, accelerator = Path(args.output_dir), make_accelerator(args)
     resume_from, skipped = None, ""
     if args.resume_from_checkpoint:
         resume_from, skipped = broadcast_from_main(partial(find_checkpoint, args.resume_from_checkpoint, output_dir))

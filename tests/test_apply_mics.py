@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_mics
 from hf_mics import Topology, apply_mics, mics_engine, remove_mics
-from hf_mics.engine import host_without_node_size, node_size_from_launcher, refuse_unknown_node_size
+from hf_mics.engine import node_size_from_launcher
 from hf_mics.errors import ConfigError, MiCSError, TopologyError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -253,16 +255,20 @@ def test_a_model_of_which_only_parts_are_sharded_is_refused(layout: Layout):
     assert "only parts of this Net are sharded (1, the first 'layers.0'), not the model itself" in str(error)
 
 
-def test_ranks_of_several_hosts_that_nobody_counts_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    mine = host_without_node_size(None)
-    assert mine is not None
-    refuse_unknown_node_size([mine, mine])
-    with pytest.raises(ConfigError, match="runs on 2 hosts .* LOCAL_WORLD_SIZE is not set"):
-        refuse_unknown_node_size([mine, mine, "elsewhere"])
-    assert host_without_node_size(2) is None
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert host_without_node_size(None) is None
+@on_ranks(TWO_REPLICAS)
+def test_ranks_of_several_hosts_that_nobody_counts_are_refused(layout: Layout):
+    """As under srun, which exports no LOCAL_WORLD_SIZE: all hosts would be taken for one node."""
+    model = shard(Net(), layout)
+    with mock.patch("socket.gethostname", return_value=f"host{dist.get_rank() // 2}"):
+        counted = mics_engine(apply_mics(model)).topology
+        assert counted.node_size == 4, "the launcher's"
+        remove_mics(model)
+        with mock.patch.dict(os.environ):
+            del os.environ["LOCAL_WORLD_SIZE"]
+            error = refusal(apply_mics, model)
+            assert isinstance(error, ConfigError)
+            assert "runs on 2 hosts (host0, host1), but how many ranks each runs is not known" in str(error)
+            assert mics_engine(apply_mics(model, node_size=2)).topology.node_size == 2
 
 
 @on_ranks(TWO_REPLICAS)

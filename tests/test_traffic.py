@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,3 +163,23 @@ def test_the_meter_adds_up_by_phase_and_scope_until_reset():
     assert read["all_gather", "partition"] == Tally(3, 12), "what was read must not change afterwards"
     meter.reset()
     assert meter.read() == {}
+
+
+def test_the_published_factors_follow_from_what_ranks_send():
+    """Per unit of gathered bytes, over gloo: (p-k)/p per node hierarchical, (p-1)/p flat (MiCS section 3.3)."""
+    gloo = functools.partial(node_bytes, backend="gloo")
+    topology = Topology(world_size=8, node_size=2, partition_size=8)
+    unit = 8 * 1000
+    flat = gloo(topology, {("all_gather", "partition"): Tally(1, 7 * 1000)})
+    staged = gloo(
+        topology, {("all_gather", "inter_node"): Tally(1, 3 * 1000), ("all_gather", "intra_node"): Tally(4, 4 * 1000)}
+    )
+    assert flat / unit == 7 / 8
+    assert staged / unit == 6 / 8
+    # Each of a node's two ranks sends 6 of its 7 slices to other nodes.
+    assert gloo(topology, {("reduce_scatter", "partition"): Tally(1, 7 * 1000)}) / unit == 12 / 8
+    assert node_bytes(topology, {("reduce_scatter", "partition"): Tally(1, 7 * 1000)}, backend="nccl") / unit == 7 / 8
+    inside = Topology(world_size=8, node_size=2, partition_size=2)
+    assert gloo(inside, {("reduce_scatter", "partition"): Tally(1, 1000)}) == 0
+    # Two replication groups of four, one edge of each leaves every node.
+    assert gloo(inside, {("all_reduce", "replication"): Tally(1, 1500)}) == 3000

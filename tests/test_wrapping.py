@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from torch import nn
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 from hf_mics.errors import ConfigError
 from hf_mics.plugin import MiCSPlugin
@@ -137,6 +138,14 @@ def test_size_based_policy_chooses_what_is_called_and_a_size_of_0_is_no_policy()
     assert sorted(name.replace("._checkpoint_wrapped_module", "") for name in found) == expected
     automatic = MiCSPlugin(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=0)
     assert names_of(unit_plan(automatic, model)) == names_of(plan_units(model))
+
+
+def test_a_policy_that_accelerates_fsdp2_ignores_is_ignored_and_said_so():
+    mine = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: False)
+    model = model_of("gpt2")
+    plan = unit_plan(MiCSPlugin(auto_wrap_policy=mine), model)
+    assert names_of(plan) == names_of(plan_units(model))
+    assert "auto_wrap_policy lambda_auto_wrap_policy is ignored, as by accelerate's FSDP2" in plan.describe()
 
 
 def test_unknown_class_name_is_refused_with_the_choices():

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from typing import Any
 
-from hf_mics.bench.configuration import Configuration
+from hf_mics.bench.configuration import Configuration, ModelName
 from hf_mics.errors import ConfigError
 from hf_mics.topology import valid_partition_sizes
 
 FAST_MBIT = 4000.0
+_MODELS: tuple[ModelName, ...] = ("gpt2", "bert")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,9 @@ class Experiment:
     runs: Callable[[], list[Configuration]]
 
 
-def _headline(model: str) -> list[Configuration]:
+def _headline(model: ModelName) -> list[Configuration]:
     # Of 5 optimizer steps the first is warm-up.
-    base = Configuration(system="fsdp2", model=model)  # type: ignore[arg-type]
+    base = Configuration(system="fsdp2", model=model)
     unpartitioned = (
         "no-communication",
         "ddp",
@@ -50,8 +52,8 @@ def _headline(model: str) -> list[Configuration]:
     return [*runs, _mics(base, 2, wire="bfloat16")]
 
 
-def _mics(base: Configuration, partition_size: int, **changes: object) -> Configuration:
-    return replace(base, system="mics", partition_size=partition_size, **changes)  # type: ignore[arg-type]
+def _mics(base: Configuration, partition_size: int, **changes: Any) -> Configuration:
+    return replace(base, system="mics", partition_size=partition_size, **changes)
 
 
 def _ablation() -> list[Configuration]:
@@ -120,7 +122,7 @@ def _wire() -> list[Configuration]:
 
 
 def _equality() -> list[Configuration]:
-    runs = [run for model in ("gpt2", "bert") for run in _headline(model) if run.spec.equal_losses]
+    runs = [run for model in _MODELS for run in _headline(model) if run.spec.equal_losses]
     # As many micro-steps as the other systems' ranks do together: the same global batch.
     alone = Configuration(system="reference", nodes=1, node_size=1, micro_steps=32, rate_mbit=None)
     return [alone, replace(alone, model="bert"), *runs]

@@ -77,7 +77,7 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # PyTorch's tuning guide asks for an allocator that keeps freed memory: glibc gives every large buffer back to
-        # the kernel and faults its pages in again, 5 % of a MiCS step here. These are the largest values it takes.
+        # the kernel and faults its pages in again, 5 % of a MiCS step here. 32 MiB is the largest threshold it takes.
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "MALLOC_TOP_PAD_": str(64 << 20),

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -96,8 +97,8 @@ def lines(runs: Sequence[Summary], of: str, title: str, path: Path, note: str) -
                 (r for r in runs if r.configuration.variant == system), key=lambda r: getattr(r.configuration, of)
             )
             values = [getattr(run.configuration, of) for run in mine]
-            style = {"color": _OURS, "linewidth": 2.5} if mine[0].configuration.system == "mics" else {}
-            axes.plot(values, [r.step_s for r in mine], "o-", label=mine[0].configuration.label, **style)  # type: ignore[arg-type]
+            style: dict[str, Any] = {"color": _OURS, "linewidth": 2.5} if mine[0].configuration.system == "mics" else {}
+            axes.plot(values, [r.step_s for r in mine], "o-", label=mine[0].configuration.label, **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(title)

@@ -24,10 +24,9 @@ def markdown(header: Row, rows: Iterable[Row]) -> str:
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=io.StringIO(), width=1000, color_system=None)
-    console.print(table, markup=False)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    text = io.StringIO()
+    Console(file=text, width=1000, color_system=None).print(table, markup=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
 def throughput(runs: Sequence[Summary], ours: Summary | None) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_mics.bench.namespaces import NIC
 from hf_mics.engine import MiCSEngine, apply_mics, mics_engine
-from hf_mics.meter import Key, Tally
 from hf_mics.topology import Topology, valid_partition_sizes
 from hf_mics.traffic import node_bytes
 
@@ -67,11 +66,6 @@ def settings(topology: Topology) -> list[Setting]:
         for hierarchical in (False, True) if spans else (True,):
             found += [Setting(p, hierarchical, wire) for wire in ("float32", "bfloat16")]
     return found
-
-
-def nic_bytes(topology: Topology, tallies: Mapping[Key, Tally]) -> float:
-    """Bytes that leave one node's NIC when every rank sends what `tallies` say, over gloo; the mean over nodes."""
-    return node_bytes(topology, tallies, backend="gloo")
 
 
 def measure(setting: Setting, read_nic: Callable[[], int]) -> list[Measurement]:
@@ -121,7 +115,7 @@ def measure(setting: Setting, read_nic: Callable[[], int]) -> list[Measurement]:
                 part=name,
                 node=dist.get_rank() // node_size,
                 measured_bytes=read_nic() - before,
-                counted_bytes=nic_bytes(engine.topology, engine.meter.read()),
+                counted_bytes=node_bytes(engine.topology, engine.meter.read(), backend=engine.backend),
                 predicted_bytes=predicted[name],
             )
         )
@@ -142,9 +136,9 @@ def _predict(engine: MiCSEngine) -> dict[str, float]:
     once = sum(u.gather_bytes for u in engine.unit_shapes())
     share = once / sum(u.gather_bytes * gathered[u.name] for u in engine.unit_shapes())
     return {
-        "forward": nic_bytes(engine.topology, gathers) * share,
-        "micro-step": nic_bytes(engine.topology, hop1),
-        "boundary micro-step": nic_bytes(engine.topology, micro),
+        "forward": node_bytes(engine.topology, gathers, backend=engine.backend) * share,
+        "micro-step": node_bytes(engine.topology, hop1, backend=engine.backend),
+        "boundary micro-step": node_bytes(engine.topology, micro, backend=engine.backend),
     }
 
 

@@ -71,9 +71,8 @@ def _run(options: argparse.Namespace) -> int:
 
     on_gpu = torch.accelerator.is_available()
     model = find_model(options.model or ("gpt2-xl" if on_gpu else "gpt2"))
-    Workload(
-        model=model, seq_length=options.seq_length, micro_batch=options.micro_batch
-    )  # refuses sizes it cannot read
+    # Refuses sizes that the model cannot read, before anything is timed.
+    Workload(model=model, seq_length=options.seq_length, micro_batch=options.micro_batch)
     device = torch.device("cpu")
     if on_gpu:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))

@@ -10,9 +10,6 @@ import pytest
 from hf_mics.bench import wire_check
 from hf_mics.bench.node_processes import require_success
 from hf_mics.bench.virtual_cluster import VirtualCluster
-from hf_mics.bench.wire_check import nic_bytes
-from hf_mics.meter import Tally
-from hf_mics.topology import Topology
 from tests.bench.test_virtual_cluster import ENVIRONMENT, needs_root
 
 # Headers of 66 bytes per segmentation unit of at least one 8948-byte segment are 0.7 %, acknowledgements of the other
@@ -37,21 +34,3 @@ def test_every_nic_carries_what_topology_and_counters_say(tmp_path: Path):
             assert m.predicted_bytes > 2e6
         else:
             assert m.measured_bytes < 50_000, m
-
-
-def test_the_published_factors_follow_from_what_ranks_send():
-    """Per unit of gathered bytes, over gloo: (p-k)/p per node hierarchical, (p-1)/p flat (MiCS section 3.3)."""
-    topology = Topology(world_size=8, node_size=2, partition_size=8)
-    unit = 8 * 1000
-    flat = nic_bytes(topology, {("all_gather", "partition"): Tally(1, 7 * 1000)})
-    staged = nic_bytes(
-        topology, {("all_gather", "inter_node"): Tally(1, 3 * 1000), ("all_gather", "intra_node"): Tally(4, 4 * 1000)}
-    )
-    assert flat / unit == 7 / 8
-    assert staged / unit == 6 / 8
-    # Each of a node's two ranks sends 6 of its 7 slices to other nodes.
-    assert nic_bytes(topology, {("reduce_scatter", "partition"): Tally(1, 7 * 1000)}) / unit == 12 / 8
-    inside = Topology(world_size=8, node_size=2, partition_size=2)
-    assert nic_bytes(inside, {("reduce_scatter", "partition"): Tally(1, 1000)}) == 0
-    # Two replication groups of four, one edge of each leaves every node.
-    assert nic_bytes(inside, {("all_reduce", "replication"): Tally(1, 1500)}) == 3000
