@@ -64,7 +64,9 @@ def _gpt(m: ModelShape, depths: tuple[int, ...]) -> nn.Module:
         n_head=m.num_heads, n_inner=m.ffn_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         tie_word_embeddings=m.tied_embeddings,
     )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers infers it from the class's name and warns about "GPT2LMHeadModel"
+    return model
 
 
 def _bert(m: ModelShape, depths: tuple[int, ...]) -> nn.Module:

@@ -26,6 +26,8 @@ _SMALL_TENSORS = 16
 # A pass is a single call that all ranks start together, as between two collectives of training, and whose slowest rank
 # counts: more of them make up for calls in a row.
 _PASSES_PER_SAMPLE = 3
+# Of one kind of pass. A vocabulary of 50,000 takes a CPU seconds per pass, which would add up to many minutes.
+_MOST_S = 10.0
 
 
 class Computing(NamedTuple):
@@ -51,14 +53,14 @@ class Computing(NamedTuple):
         return Computing(max(self.peak_flops_per_s, other.peak_flops_per_s), *lists)
 
 
-def measure_computing(
-    model: ModelShape, seq_length: int, micro_batch: int, device: torch.device, *, samples: int
-) -> Computing:
-    """Times the model with one layer and with none, AdamW and a matrix product; a collective of all ranks.
+def measure_computing(workload: Workload, device: torch.device, *, samples: int) -> Computing:
+    """Times the workload's model with one layer and with none, AdamW and a matrix product; a collective of all ranks.
 
     In bf16 on accelerators, in fp32 on CPUs. The model runs under FSDP2 on a group of this rank alone: with the copies
     and casts that sharding adds to computing, without communication.
+    Passes that take long are repeated less often than `samples` asks for, but three times at least.
     """
+    model, seq_length, micro_batch = workload.model, workload.seq_length, workload.micro_batch
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     alone = init_device_mesh(device.type, (dist.get_world_size(), 1), mesh_dim_names=("measure_ranks", "measure_alone"))
     mesh = alone["measure_alone"]
@@ -66,7 +68,7 @@ def measure_computing(
     passes = _PASSES_PER_SAMPLE * samples
 
     def timed(call: Call, count: int = samples, *, sample_s: float = 0.1) -> list[float]:
-        return sampled_s(call, device, samples=count, sample_s=sample_s)
+        return sampled_s(call, device, samples=count, sample_s=sample_s, most_s=_MOST_S)
 
     ids = torch.zeros(micro_batch, seq_length, dtype=torch.long, device=device)
     bare = _sharded(model, 0, mesh, dtype, device)

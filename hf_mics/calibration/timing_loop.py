@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 Call = Callable[[], object]
 
 _MOST_CALLS_PER_SAMPLE = 50
+_LEAST_SAMPLES = 3
 
 
 def synchronize(device: torch.device) -> None:
@@ -19,16 +21,20 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def sampled_s(call: Call, device: torch.device, *, samples: int, sample_s: float) -> list[float]:
+def sampled_s(
+    call: Call, device: torch.device, *, samples: int, sample_s: float, most_s: float = math.inf
+) -> list[float]:
     """Seconds of one `call`, `samples` times, each that of the slowest rank; a collective of all ranks.
 
     Ranks start together, after one call that warms up. A sample takes as many calls in a row as fill `sample_s`
-    seconds, as training does: a network's bursts and the timer's own cost weigh little.
+    seconds, as training does: a network's bursts and the timer's own cost weigh little. Where all samples would take
+    longer than `most_s` seconds, fewer are taken, but three at least.
     """
     call()
     warm = _slowest([_once(call, device, 1)], device)[0]
     calls = max(1, min(_MOST_CALLS_PER_SAMPLE, round(sample_s / max(warm, 1e-9))))
-    return _slowest([_once(call, device, calls) for _ in range(samples)], device)
+    affordable = max(_LEAST_SAMPLES, int(min(samples, most_s / max(calls * warm, 1e-9))))
+    return _slowest([_once(call, device, calls) for _ in range(min(samples, affordable))], device)
 
 
 def _once(call: Call, device: torch.device, calls: int) -> float:

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     import torch
 
     from hf_mics.calibration.calibrate import Comparison, Fits
+    from hf_mics.calibration.links import LinkPoint
     from hf_mics.planning.cluster import Cluster
-    from hf_mics.planning.workload import ModelShape
 
 _LAUNCH = "accelerate launch --config_file mics.yaml -m hf_mics.cli measure --output cluster.json"
 _ROUNDS = 3
+_COMPUTING_SHARE = 0.5  # of the progress bar: about what it takes with the defaults
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}"
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -40,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model of which one layer, the head and the optimizer are timed, best the one that will be trained: "
         "preset, config.json, folder or hub name (default: gpt2 on CPUs, gpt2-xl on GPUs)",
     )
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence of that model (default 512)")
+    parser.add_argument(
+        "--seq-length", type=int, help="tokens per sequence of that model (default: 128 on CPUs, 512 on GPUs)"
+    )
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences that it computes at a time (default 1)")
     parser.add_argument("--largest-mb", type=float, default=256.0, help="largest unit to gather, in MB (default 256)")
     parser.add_argument(
@@ -64,15 +68,17 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("largest_mb", "limit_s"):
         require_positive("--" + name.replace("_", "-"), getattr(options, name))
     for name, least in (("seq_length", 1), ("micro_batch", 1), ("samples", 3)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}.")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.accelerator.is_available()
     model = find_model(options.model or ("gpt2-xl" if on_gpu else "gpt2"))
     # Refuses sizes that the model cannot read, before anything is timed.
-    Workload(model=model, seq_length=options.seq_length, micro_batch=options.micro_batch)
+    seq_length = options.seq_length or min(512 if on_gpu else 128, model.context_length)
+    workload = Workload(model=model, seq_length=seq_length, micro_batch=options.micro_batch)
     device = torch.device("cpu")
     if on_gpu:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -80,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
     dist.init_process_group(None if on_gpu else "gloo")
     try:
         _check_together(options, node_size)
-        cluster, fits, comparisons = _measure(options, model, node_size, device)
+        cluster, fits, comparisons = _measure(options, workload, node_size, device)
         if dist.get_rank() == 0:
             _report(cluster, fits, comparisons)
             print(f"wrote {options.output}: hf-mics plan --cluster {options.output} ... and simulate take it")
@@ -121,30 +127,40 @@ def _check_together(options: argparse.Namespace, node_size: int) -> None:
 
 
 def _measure(
-    options: argparse.Namespace, model: ModelShape, node_size: int, device: torch.device
+    options: argparse.Namespace, workload: Workload, node_size: int, device: torch.device
 ) -> tuple[Cluster, Fits, list[Comparison]]:
     import torch.distributed as dist
+    from tqdm import tqdm
 
     from hf_mics.calibration.calibrate import as_records, calibrated_cluster, compare_gathers, fit_links
     from hf_mics.calibration.computing import Computing, measure_computing
     from hf_mics.calibration.links import measure_links
     from hf_mics.planning.cluster_file import save_cluster
 
-    def compute() -> Computing:
-        samples = -(-options.samples // 2)
-        return measure_computing(model, options.seq_length, options.micro_batch, device, samples=samples)
+    bar = tqdm(total=100, unit="%", desc="computing", disable=dist.get_rank() != 0, bar_format=_BAR)
 
-    # Before and after the links, which are gone through again and again: repeats should lie apart.
-    before = compute()
-    points = measure_links(
-        node_size,
-        device,
-        largest_bytes=int(options.largest_mb * 1e6),
-        limit_s=options.limit_s,
-        samples=-(-options.samples // _ROUNDS),
-        rounds=_ROUNDS,
-    )
-    computing = before.joined(compute())
+    def compute() -> Computing:
+        bar.set_description("computing")
+        computing = measure_computing(workload, device, samples=-(-options.samples // 2))
+        bar.update(_COMPUTING_SHARE * 50)
+        return computing
+
+    def links() -> list[LinkPoint]:
+        bar.set_description("links")
+        return measure_links(
+            node_size,
+            device,
+            largest_bytes=int(options.largest_mb * 1e6),
+            limit_s=options.limit_s,
+            samples=-(-options.samples // _ROUNDS),
+            rounds=_ROUNDS,
+            progress=lambda share: bar.update((1 - _COMPUTING_SHARE) * 100 * share),
+        )
+
+    with bar:
+        # Before and after the links, which are gone through again and again: repeats should lie apart.
+        before, points, after = compute(), links(), compute()
+    computing = before.joined(after)
     fits = fit_links(points)
     cluster = calibrated_cluster(
         name=options.name,

@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import yaml
 
 from hf_mics import cli
 from hf_mics.calibration.fitting import LEAST_SPREAD, Timing, fit_link, range_of
+from hf_mics.calibration.timing_loop import sampled_s
 from hf_mics.errors import MiCSError
 from hf_mics.planning.cluster import Range
 from hf_mics.planning.cluster_file import load_cluster
@@ -105,6 +108,23 @@ def test_accelerate_launch_measures_one_node_and_says_what_it_could_not(tmp_path
     assert (cluster.nodes, cluster.gpus_per_node, cluster.inter_node) == (1, 2, None)
     with pytest.raises(MiCSError, match="nothing is known of the links between nodes"):
         cluster.with_nodes(2)
+
+
+def samples_of_slow_and_quick_calls() -> list[int]:
+    slow, quick = (partial(sampled_s, call, torch.device("cpu")) for call in (partial(time.sleep, 0.05), int))
+    return [
+        len(slow(samples=20, sample_s=0, most_s=0.25)),
+        len(slow(samples=20, sample_s=0, most_s=0.01)),
+        len(quick(samples=20, sample_s=0, most_s=10)),
+    ]
+
+
+def test_slow_calls_are_sampled_less_often_but_three_times_at_least_on_every_rank_alike():
+    (most, least, quick), other = run_ranks(samples_of_slow_and_quick_calls, 2, timeout_s=60)
+    # A sleep never ends early: at most 5 of 0.05 s fit into 0.25 s.
+    assert 3 <= most <= 5
+    assert (least, quick) == (3, 20)
+    assert other == [most, least, quick]
 
 
 @pytest.mark.parametrize("family", ["gpt", "bert", "llama", "t5"])
