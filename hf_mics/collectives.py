@@ -7,14 +7,15 @@ one node they are the flat collective. A group that spans m nodes of k ranks run
   of k ranks inside the node, each straight into its final place. No reorder copy: shard order is node-major.
 - reduce-scatter, the mirror image: m reduce-scatters inside the node, then one between nodes.
 
-On GPUs the stages are the backend's own collectives, the m small ones in one coalesced launch. On CPUs gloo's
-reduce-scatter is an all-reduce in disguise (measured: twice the bytes), so there each rank sends its slices with
-all_to_all and adds them up itself, in fp32 and in rank order.
+On GPUs the stages are the backend's own collectives, the m small ones in one coalesced launch. On CPUs ranks exchange
+slices, each sent straight to the rank that needs it: gloo's reduce-scatter is an all-reduce in disguise (twice
+the bytes), so ranks add up what they receive, in fp32 and in rank order; and its all-gather takes up to twice the time
+inside a node. Between nodes gathers stay gloo's ring, of which a flat group sends fewer bytes over the NICs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class MiCSAllGather(AllGather):
         if inter is None or intra is None or group.size() != self._groups.partition.size():
             self._meter.add("all_gather", "partition", bytes_sent=_bytes(input_tensor) * (group.size() - 1))
             with self._meter.timed("hop1", output_tensor.device):
+                if output_tensor.device.type == "cpu" and self._groups.topology.nodes_per_partition == 1:
+                    return _run(_gather_inside(output_tensor, input_tensor, group), output_tensor.device, async_op)
                 return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         m, k = inter.size(), intra.size()
         shard_bytes = _bytes(input_tensor)
@@ -84,7 +87,7 @@ class MiCSAllGather(AllGather):
         if output.device.type == "cpu":
             yield all_gather_single(columns.view(-1), shard, group=inter, async_op=True)
             for place, column in zip(places, columns, strict=True):
-                yield all_gather_single(place, column, group=intra, async_op=True)
+                yield from _gather_inside(place, column, intra)
             return
         all_gather_single(columns.view(-1), shard, group=inter)
         with coalesced(intra):
@@ -159,17 +162,16 @@ class MiCSReduceScatter(ReduceScatter):
 
     def _flat(self, output: torch.Tensor, wire: torch.Tensor, group: dist.ProcessGroup, op: Any) -> Iterator[dist.Work]:
         if wire.device.type == "cpu":
-            received = torch.empty_like(wire)
-            yield dist.all_to_all_single(received, wire, group=group, async_op=True)
+            slices = yield from _exchanged(wire, group)
             # The same order of additions as the staged path, so that both agree to the last bit in fp32.
             nodes = self._groups.topology.nodes_per_partition
-            rows = received.view(nodes, group.size() // nodes, -1)
             if nodes == 1:
-                _combine(rows[0], op, output)
+                _combine(slices, op, output)
                 return
-            sums = torch.empty(nodes, rows.size(-1), dtype=_sum_dtype(wire.dtype), device=wire.device)
-            for row, total in zip(rows, sums, strict=True):
-                _combine(row, op, total)
+            k = len(slices) // nodes
+            sums = torch.empty(nodes, output.numel(), dtype=_sum_dtype(wire.dtype), device=wire.device)
+            for node, total in enumerate(sums):
+                _combine(slices[node * k : (node + 1) * k], op, total)
             _combine(sums, _second_operation(op), output)
             return
         _scatter_into(output, wire, group, op)
@@ -188,13 +190,11 @@ class MiCSReduceScatter(ReduceScatter):
         rows = torch.empty(m, shard, dtype=wire.dtype, device=wire.device)
         blocks = wire.view(m, k * shard)
         if wire.device.type == "cpu":
-            received = torch.empty_like(blocks[0])
             for row, block in zip(rows, blocks, strict=True):
-                yield dist.all_to_all_single(received, block, group=intra, async_op=True)
-                _combine(received.view(k, shard), op, row)
-            columns = torch.empty_like(rows)
-            yield dist.all_to_all_single(columns.view(-1), rows.view(-1), group=inter, async_op=True)
-            _combine(columns, _second_operation(op), output)
+                slices = yield from _exchanged(block, intra)
+                _combine(slices, op, row)
+            slices = yield from _exchanged(rows.view(-1), inter)
+            _combine(slices, _second_operation(op), output)
             return
         with coalesced(intra):
             for row, block in zip(rows, blocks, strict=True):
@@ -205,6 +205,35 @@ class MiCSReduceScatter(ReduceScatter):
 # On GPUs the stages below run as synchronous calls, which torch orders on the current stream without stopping the CPU:
 # FSDP2 has already put us on its communication stream, and `_StreamWork` on a side stream. Nothing is left to yield.
 # On CPUs every stage is started, yielded, and waited for by whoever drives the generator.
+
+
+def _gather_inside(output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> Iterator[dist.Work]:
+    """All-gather on CPUs of one node."""
+    places = output.view(group.size(), -1)
+    works = _exchange(list(places), [shard] * len(places), group)
+    mine = places[group.rank()]
+    if mine.data_ptr() != shard.data_ptr():
+        mine.copy_(shard)
+    yield from works
+
+
+def _exchanged(wire: torch.Tensor, group: dist.ProcessGroup) -> Generator[dist.Work, None, list[torch.Tensor]]:
+    """Returns what every rank of `group` has in `wire` for this one, in rank order; its own is a view of `wire`."""
+    slices = list(wire.view(group.size(), -1))
+    received = [part if rank == group.rank() else torch.empty_like(part) for rank, part in enumerate(slices)]
+    yield from _exchange(received, slices, group)
+    return received
+
+
+def _exchange(
+    received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Starts to send `sent[i]` to rank i of `group` and to receive `received[i]` from it, for all others."""
+    # Every rank begins with its successor, so that no rank is sent to by all others at once.
+    others = [(group.rank() + step) % group.size() for step in range(1, group.size())]
+    works = [dist.irecv(received[rank], group=group, group_src=rank) for rank in reversed(others)]
+    works += [dist.isend(sent[rank], group=group, group_dst=rank) for rank in others]
+    return [work for work in works if work is not None]
 
 
 class _StagedWork(dist.Work):
@@ -275,12 +304,12 @@ def _scatter_into(output: torch.Tensor, wire: torch.Tensor, group: dist.ProcessG
         output.copy_(reduced)
 
 
-def _combine(rows: torch.Tensor, op: Any, output: torch.Tensor) -> None:
-    """Reduces `rows` (ranks, elements) in rank order, in fp32 or, if they are wider, in their own dtype."""
-    dtype = _sum_dtype(rows.dtype)
+def _combine(rows: Sequence[torch.Tensor] | torch.Tensor, op: Any, output: torch.Tensor) -> None:
+    """Reduces `rows`, one of each rank, in rank order, in fp32 or, if they are wider, in their own dtype."""
+    dtype = _sum_dtype(rows[0].dtype)
     # A pass over a shard costs as much as the loopback does: the sum is formed in its place.
     total = output if output.dtype == dtype else torch.empty_like(output, dtype=dtype)
-    if rows.dtype == dtype and len(rows) > 1:
+    if rows[0].dtype == dtype and len(rows) > 1:
         torch.add(rows[0], rows[1], out=total)
         rest = rows[2:]
     else:
