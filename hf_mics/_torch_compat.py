@@ -351,7 +351,7 @@ def remove_override(module: nn.Module, name: str) -> None:
 
 
 def collective_of(work: dist.Work) -> str:
-    """Which collective a Work belongs to: all_gather, reduce_scatter (all-to-all included), all_reduce or other."""
+    """Which collective a Work belongs to: all_gather, reduce_scatter, all_reduce, exchange (of slices) or other."""
     name = cast(Any, torch._C._distributed_c10d).OpType(cast(Any, work)._get_op_type()).name
     return next((collective for part, collective in _COLLECTIVES.items() if part in name), "other")
 
@@ -359,7 +359,9 @@ def collective_of(work: dist.Work) -> str:
 _COLLECTIVES = {
     "ALLGATHER": "all_gather",
     "REDUCE_SCATTER": "reduce_scatter",
-    "ALLTOALL": "reduce_scatter",
+    "ALLTOALL": "exchange",
+    "SEND": "exchange",
+    "RECV": "exchange",
     "UNKNOWN": "reduce_scatter",  # gloo leaves its reduce-scatter unnamed
     "ALLREDUCE": "all_reduce",
 }

@@ -21,6 +21,7 @@ _OURS, _THEIRS, _PALE = "#d1495b", "#30638e", "#b8c4ce"
 _PHASES = {
     "all_gather": ("all-gather", "#30638e"),
     "reduce_scatter": ("reduce-scatter", "#7fb0d6"),
+    "exchange": ("slices between ranks (hop 1 of hf_mics)", "#a8dadc"),
     "all_reduce": ("all-reduce (hop 2)", _OURS),
     "other": ("other waits", "#999999"),
 }

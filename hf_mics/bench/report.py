@@ -112,8 +112,8 @@ def _introduction(report: Report) -> list[str]:
         "micro-step: little computing for many parameters, as in large models on few tokens per GPU.",
         "```\n" + "\n".join(commands) + "\n```",
         "Columns: *sent per NIC* is what the kernel counted leaving a node's NIC in one optimizer step, mean over "
-        "nodes; *waiting* is the time in which a rank waits for communication, mean over ranks; *gradients held* is "
-        "what a rank keeps between micro-steps; *training adds* is the growth of resident memory at its peak.",
+        "nodes; *waiting* is the time in which a rank sends or waits for communication, mean over ranks; *gradients "
+        "held* is what a rank keeps between micro-steps; *training adds* is the growth of resident memory at its peak.",
     ]
 
 

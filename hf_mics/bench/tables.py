@@ -156,7 +156,7 @@ def weak_scaling(runs: Iterable[Summary]) -> str:
 
 def hop1_s(run: Summary) -> float:
     """Seconds that a rank waits in hop 1 per step."""
-    return run.waits_s.get("all_gather", 0.0) + run.waits_s.get("reduce_scatter", 0.0)
+    return sum(run.waits_s.get(phase, 0.0) for phase in ("all_gather", "reduce_scatter", "exchange"))
 
 
 def spanning(runs: Sequence[Summary]) -> str:
