@@ -91,10 +91,10 @@ def _measure_step(
             micro_sent.append(_sent_bytes(nic))
             if i == 0 and c.micro_steps > 1:
                 part.gradient_bytes = trainer.gradient_bytes()
-    waits_after = stopwatch.read()
+    waited = {phase: seconds - waits.get(phase, 0.0) for phase, seconds in stopwatch.read().items()}
     dist.barrier()
     part.step_s.append(time.perf_counter() - start)
-    part.waits_s.append({phase: seconds - waits.get(phase, 0.0) for phase, seconds in waits_after.items()})
+    part.waits_s.append({phase: seconds for phase, seconds in waited.items() if seconds})
     part.losses.append(sum(loss.item() for loss in losses) / len(losses))
     if nic is not None:
         part.nic_sent_bytes.append(_sent_bytes(nic) - sent)

@@ -17,8 +17,8 @@ class WaitStopwatch:
     """Adds up the seconds that this process spends in communication, by collective, from construction on.
 
     Every library here that is written in Python waits for gloo in `Work.wait`; gloo's sends are partly carried out by
-    whoever starts them, so starting counts too. What is not counted is computation, and communication that runs below it. DDP waits in C++, inside backward, and is not seen. Waiting for a slower rank
-    counts as communication.
+    whoever starts them, so starting counts too. What is not counted is computation, and communication that runs below
+    it. DDP waits in C++, inside backward, and is not seen. Waiting for a slower rank counts as communication.
 
     Attributes:
         seconds: by collective: all_gather, reduce_scatter, all_reduce, exchange, other.
