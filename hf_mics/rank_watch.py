@@ -2,15 +2,18 @@
 
 A dead rank shows as a network error on its neighbours in some collective, or as a hang, and neither names it. So every
 rank counts a beat in the job's store once a second, from a thread. A rank whose collective fails looks who has stopped
-beating, says so below its traceback, and leaves the finding in the store for ranks that fail later, when the store may
-have gone with its host. Where no error comes (a machine that lost its power, a stopped process, NCCL before its
-timeout), the rank before the silent one in rank order says so after `_SILENCE_S` seconds. A process that still runs
-and only waits beats on.
+beating, says so below its traceback, and leaves the finding in the store. Ranks that fail later find it there, when the
+store may soon be gone with its host; and one that waits for a rank that waits for the dead one, and would only fail at
+another timeout, says it and ends after `_GRACE_S` seconds.
+
+Where no error comes (a machine that lost its power, a stopped process, NCCL before its timeout), the rank before the
+silent one in rank order says so after `_SILENCE_S` seconds. A process that still runs and only waits beats on.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import re
 import sys
 import threading
@@ -25,6 +28,8 @@ from hf_mics._torch_compat import job_store
 
 _BEAT_S = 1.0
 _SILENCE_S = 30.0
+# A rank that fails by itself says more: its traceback.
+_GRACE_S = 5.0
 # How long a rank waits for the beats of the others.
 _LOOK_BEATS = 3
 _LOOK_S = _LOOK_BEATS * _BEAT_S
@@ -118,6 +123,8 @@ class RankWatch:
                 beats += 1
                 self._say(str(beats).encode())
                 self._read_finding()
+                if self._finding:
+                    break
                 word = self._words([following]).get(following, b"")
                 if word != last:
                     last, since = word, time.monotonic()
@@ -131,7 +138,21 @@ class RankWatch:
                     since = float("inf")
         except RuntimeError:
             # The store went first: the job ends, or rank 0's node died, which `explain` says.
-            return
+            pass
+        if self._finding and not self._stop.wait(_GRACE_S):
+            self._end()
+
+    def _end(self) -> None:
+        """Ends this process, whose job is over: an uncaught error has ended another rank, for want of the dead ones."""
+        print(
+            f"MiCS: {self.describe(self._finding)} died, which has ended another rank. Rank {self._rank} would go on "
+            "waiting and ends too. Resume from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        # The main thread waits in a collective and cannot be asked.
+        os._exit(1)
 
     def _read_finding(self) -> None:
         if not self._finding and self._store.check(["finding"]):

@@ -1,10 +1,11 @@
-"""Is a rank that hangs named by the rank before it, once for each silence, and one that has left never?"""
+"""Is a rank that hangs named by the rank before it, and does nobody wait for one that is known to be dead?"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -67,3 +68,40 @@ def test_the_rank_before_a_silent_one_says_so_after_30_s(
     beating.remove(1)
     assert pass_s(31).count("MiCS") == 2
     watches[0].leave()
+
+
+def test_a_rank_that_would_wait_on_ends_once_another_has_failed_for_want_of_a_dead_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_watch, "_BEAT_S", 0.1)
+    monkeypatch.setattr(rank_watch, "_GRACE_S", 2.0)
+    ended = mock.Mock()
+    monkeypatch.setattr(rank_watch, "os", SimpleNamespace(_exit=ended))
+    store = dist.HashStore()
+    first, waiting, dead, second = (RankWatch(rank, (*HOSTS, "beta"), store) for rank in range(4))
+    dead._stop.set()
+    dead._thread.join()
+    error = RuntimeError("Timed out waiting 30000ms for recv operation to complete")
+    assert "rank 2 on node beta died" in (first.explain(error) or "")
+    # One that fails by itself meanwhile says so with its traceback.
+    assert "rank 2 on node beta died" in (second.explain(error) or "")
+    ended.assert_not_called()
+    assert "died" not in capsys.readouterr().err
+    wait_until(lambda: not waiting._thread.is_alive())
+    ended.assert_called_once_with(1)
+    assert capsys.readouterr().err.startswith("MiCS: rank 2 on node beta died, which has ended another rank. Rank 1 ")
+
+
+def test_no_rank_ends_for_one_that_has_left_or_for_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "_BEAT_S", 0.005)
+    monkeypatch.setattr(rank_watch, "_GRACE_S", 0.0)
+    ended = mock.Mock()
+    monkeypatch.setattr(rank_watch, "os", SimpleNamespace(_exit=ended))
+    store = dist.HashStore()
+    left, raised, last = (RankWatch(rank, HOSTS, store) for rank in range(3))
+    left.leave()
+    assert raised.explain(ValueError("no such column")) is None
+    beats = int(store.get("beat/2"))
+    wait_until(lambda: int(store.get("beat/2")) >= beats + 5)
+    ended.assert_not_called()
+    last.leave()
