@@ -172,16 +172,24 @@ def _check_space(results: Path) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "command": " ".join([f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpus": os.cpu_count(),
         "cpu": _cpu_name(),
     }
+
+
+def _commit() -> str:
+    """Of the code that runs; records that an earlier run has replaced, and their report, do not make it another one."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    commit = git("describe", "--always", "--abbrev=12").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)results", ":(exclude)docs").returncode
+    return f"{commit or 'unknown'}{'-dirty' if commit and changed else ''}"
 
 
 def _cpu_name() -> str:
