@@ -359,7 +359,6 @@ def collective_of(work: dist.Work) -> str:
 _COLLECTIVES = {
     "ALLGATHER": "all_gather",
     "REDUCE_SCATTER": "reduce_scatter",
-    "ALLTOALL": "exchange",
     "SEND": "exchange",
     "RECV": "exchange",
     "UNKNOWN": "reduce_scatter",  # gloo leaves its reduce-scatter unnamed
@@ -394,7 +393,7 @@ def in_backward() -> bool:
 
 def unfinished_pass(model: nn.Module) -> Literal["forward", "backward"] | None:
     """Which pass through `model` has begun and not ended; asked outside of both, the one that raised."""
-    context = model._get_fsdp_state()._state_ctx  # type: ignore[operator]
+    context = cast(Any, model)._get_fsdp_state()._state_ctx
     if context.post_backward_final_callback_queued:
         return "backward"
     return "forward" if context.iter_forward_root is not None else None
@@ -411,7 +410,7 @@ def reset_after_error(model: nn.Module) -> None:
             f"a forward or backward raised, and torch {torch.__version__} cannot start again after that. Install torch "
             "2.13, whose FSDPModule has reset_iter_state, or let the error end the job."
         )
-    FSDPModule.reset_iter_state(model)  # type: ignore[arg-type]
+    cast(FSDPModule, model).reset_iter_state()
 
 
 def after_backward(model: nn.Module, callback: Callable[[], None]) -> Callable[[], None]:
@@ -447,7 +446,7 @@ def job_store() -> dist.Store | None:
     base = store
     while isinstance(base, dist.PrefixStore):
         base = base.underlying_store
-    return dist.PrefixStore("hf_mics", base.clone()) if isinstance(base, dist.TCPStore) else None  # type: ignore[attr-defined]
+    return dist.PrefixStore("hf_mics", cast(Any, base).clone()) if isinstance(base, dist.TCPStore) else None
 
 
 def coalesced(group: dist.ProcessGroup) -> AbstractContextManager[Any]:

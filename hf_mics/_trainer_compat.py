@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import Trainer, TrainerCallback
@@ -43,7 +43,7 @@ def run_constructors_inside(around: Around) -> None:
             original(self, *args, **kwargs)
 
     setattr(construct, _MARK, True)
-    setattr(Trainer, "__init__", construct)  # noqa: B010
+    cast(Any, Trainer).__init__ = construct
 
 
 def accelerator_class() -> Any:
@@ -55,11 +55,11 @@ def accelerator_class() -> Any:
 def replaced_accelerator(make: Callable[..., Any]) -> Iterator[None]:
     """Inside, Trainers make their accelerator with `make(**kwargs)`."""
     former = trainer_module.Accelerator
-    setattr(trainer_module, "Accelerator", make)  # noqa: B010
+    cast(Any, trainer_module).Accelerator = make
     try:
         yield
     finally:
-        setattr(trainer_module, "Accelerator", former)  # noqa: B010
+        cast(Any, trainer_module).Accelerator = former
 
 
 def report_first(trainer: Trainer, callback: TrainerCallback) -> None:

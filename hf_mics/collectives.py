@@ -8,8 +8,8 @@ one node they are the flat collective. A group that spans m nodes of k ranks run
 - reduce-scatter, the mirror image: m reduce-scatters inside the node, then one between nodes.
 
 On GPUs the stages are the backend's own collectives, the m small ones in one coalesced launch. On CPUs ranks exchange
-slices, each sent straight to the rank that needs it: gloo's reduce-scatter is an all-reduce in disguise (twice
-the bytes), so ranks add up what they receive, in fp32 and in rank order; and its all-gather takes up to twice the time
+slices, each sent straight to the rank that needs it. gloo's reduce-scatter is an all-reduce in disguise (twice the
+bytes), so ranks add up what they receive, in fp32 and in rank order; and its all-gather takes up to twice the time
 inside a node. Between nodes gathers stay gloo's ring, of which a flat group sends fewer bytes over the NICs.
 """
 
@@ -229,7 +229,7 @@ def _exchange(
     received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], group: dist.ProcessGroup
 ) -> list[dist.Work]:
     """Starts to send `sent[i]` to rank i of `group` and to receive `received[i]` from it, for all others."""
-    # Every rank begins with its successor, so that no rank is sent to by all others at once.
+    # Every rank sends to its successor first, so that no rank is sent to by all others at once.
     others = [(group.rank() + step) % group.size() for step in range(1, group.size())]
     works = [dist.irecv(received[rank], group=group, group_src=rank) for rank in reversed(others)]
     works += [dist.isend(sent[rank], group=group, group_dst=rank) for rank in others]

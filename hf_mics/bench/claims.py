@@ -161,13 +161,7 @@ def other_side(runs: Sequence[Summary]) -> list[str]:
         if run.configuration.system != "mics" and run.configuration.spec.equal_losses and run.step_s < best.step_s
     ]
     smallest = min((r for r in runs if r.configuration.spec.equal_losses), key=lambda r: r.training_rss_bytes)
-    least = (
-        "least of all"
-        if smallest is best
-        else f"{smallest.training_rss_bytes / 1e6:.0f} MB under {smallest.configuration.label}, which needs least"
-    )
-    lines.append(
-        f"- memory: training adds {best.training_rss_bytes / 1e6:.0f} MB to a rank under {best.configuration.label}, "
-        f"{least}"
-    )
+    ours, least = best.training_rss_bytes / 1e6, smallest.training_rss_bytes / 1e6
+    other = "the least of all" if least == ours else f"{least:.0f} MB under {smallest.configuration.label}, the least"
+    lines.append(f"- memory: training adds {ours:.0f} MB to a rank under {best.configuration.label}, {other}")
     return lines

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -32,7 +32,7 @@ class WaitStopwatch:
             with self._counted(collective_of(work)):
                 return wait(work, *args, **kwargs)
 
-        dist.Work.wait = timed  # type: ignore[assignment,method-assign]
+        cast(Any, dist.Work).wait = timed
         for name in ("isend", "irecv"):
             setattr(dist, name, self._counted("exchange")(getattr(dist, name)))
 

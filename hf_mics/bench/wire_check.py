@@ -17,20 +17,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_mics.bench.namespaces import NIC
-from hf_mics.engine import MiCSEngine, apply_mics, mics_engine
+from hf_mics.engine import MiCSEngine, WireDtype, apply_mics, mics_engine
 from hf_mics.topology import Topology, valid_partition_sizes
 from hf_mics.traffic import node_bytes
 
 # 2.1 million parameters: megabytes per phase, beside which headers and barriers are small. No size divides by 8.
 _WIDTH, _HIDDEN, _LAYERS = 259, 1021, 4
+_WIRES: tuple[WireDtype, ...] = ("float32", "bfloat16")
 MICRO_STEPS = 2
 
 
@@ -40,7 +42,7 @@ class Setting:
 
     partition_size: int
     hierarchical: bool
-    wire: str
+    wire: WireDtype
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def settings(topology: Topology) -> list[Setting]:
     for p in valid_partition_sizes(topology.world_size, topology.node_size):
         spans = Topology(world_size=topology.world_size, node_size=topology.node_size, partition_size=p).is_hierarchical
         for hierarchical in (False, True) if spans else (True,):
-            found += [Setting(p, hierarchical, wire) for wire in ("float32", "bfloat16")]
+            found += [Setting(p, hierarchical, wire) for wire in _WIRES]
     return found
 
 
@@ -79,7 +81,7 @@ def measure(setting: Setting, read_nic: Callable[[], int]) -> list[Measurement]:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    apply_mics(model, node_size=node_size, hierarchical=setting.hierarchical, gradient_wire_dtype=setting.wire)  # type: ignore[arg-type]
+    apply_mics(model, node_size=node_size, hierarchical=setting.hierarchical, gradient_wire_dtype=setting.wire)
     engine = mics_engine(model)
     rows = torch.randn(2, _WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
 
@@ -88,7 +90,7 @@ def measure(setting: Setting, read_nic: Callable[[], int]) -> list[Measurement]:
             model(rows)
 
     def micro_step(boundary: bool) -> None:
-        model.set_requires_gradient_sync(boundary)  # type: ignore[operator]
+        cast(FSDPModule, model).set_requires_gradient_sync(boundary)
         model(rows).square().mean().backward()
 
     # Connections, and what FSDP2 settles in its first step; then every part once more, measured.

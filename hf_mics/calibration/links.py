@@ -57,7 +57,7 @@ def measure_links(
     limit_s: float,
     samples: int,
     rounds: int,
-    progress: Callable[[float], object],
+    progress: Callable[[], object],
 ) -> list[LinkPoint]:
     """Times every collective at growing unit sizes; a collective of all ranks.
 
@@ -70,7 +70,7 @@ def measure_links(
         limit_s: sizes stop growing once a call takes longer.
         samples: per size and round.
         rounds: how often everything is gone through.
-        progress: called with the share of the whole that is done since its last call.
+        progress: called after every round.
 
     Returns:
         LinkPoints named all_gather, reduce_scatter and all_reduce on one lane each, from which links are fitted; and,
@@ -94,7 +94,7 @@ def measure_links(
                 if sorted(seconds)[len(seconds) // 2] > limit_s:
                     break
                 size *= _GROWTH
-            progress(1 / (rounds * len(probes)))
+        progress()
     return list(points.values())
 
 

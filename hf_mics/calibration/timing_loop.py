@@ -33,8 +33,9 @@ def sampled_s(
     call()
     warm = _slowest([_once(call, device, 1)], device)[0]
     calls = max(1, min(_MOST_CALLS_PER_SAMPLE, round(sample_s / max(warm, 1e-9))))
-    affordable = max(_LEAST_SAMPLES, int(min(samples, most_s / max(calls * warm, 1e-9))))
-    return _slowest([_once(call, device, calls) for _ in range(min(samples, affordable))], device)
+    if samples * calls * warm > most_s:
+        samples = min(samples, max(_LEAST_SAMPLES, int(most_s / (calls * warm))))
+    return _slowest([_once(call, device, calls) for _ in range(samples)], device)
 
 
 def _once(call: Call, device: torch.device, calls: int) -> float:

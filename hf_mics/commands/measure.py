@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     import torch
 
     from hf_mics.calibration.calibrate import Comparison, Fits
-    from hf_mics.calibration.links import LinkPoint
     from hf_mics.planning.cluster import Cluster
 
 _LAUNCH = "accelerate launch --config_file mics.yaml -m hf_mics.cli measure --output cluster.json"
 _ROUNDS = 3
-_COMPUTING_SHARE = 0.5  # of the progress bar: about what it takes with the defaults
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}"
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -137,30 +134,25 @@ def _measure(
     from hf_mics.calibration.links import measure_links
     from hf_mics.planning.cluster_file import save_cluster
 
-    bar = tqdm(total=100, unit="%", desc="computing", disable=dist.get_rank() != 0, bar_format=_BAR)
+    with tqdm(total=_ROUNDS + 2, unit="part", desc="measuring", disable=dist.get_rank() != 0) as bar:
 
-    def compute() -> Computing:
-        bar.set_description("computing")
-        computing = measure_computing(workload, device, samples=-(-options.samples // 2))
-        bar.update(_COMPUTING_SHARE * 50)
-        return computing
+        def compute() -> Computing:
+            computing = measure_computing(workload, device, samples=-(-options.samples // 2))
+            bar.update()
+            return computing
 
-    def links() -> list[LinkPoint]:
-        bar.set_description("links")
-        return measure_links(
+        # Before and after the links, which are gone through again and again: repeats should lie apart.
+        before = compute()
+        points = measure_links(
             node_size,
             device,
             largest_bytes=int(options.largest_mb * 1e6),
             limit_s=options.limit_s,
             samples=-(-options.samples // _ROUNDS),
             rounds=_ROUNDS,
-            progress=lambda share: bar.update((1 - _COMPUTING_SHARE) * 100 * share),
+            progress=bar.update,
         )
-
-    with bar:
-        # Before and after the links, which are gone through again and again: repeats should lie apart.
-        before, points, after = compute(), links(), compute()
-    computing = before.joined(after)
+        computing = before.joined(compute())
     fits = fit_links(points)
     cluster = calibrated_cluster(
         name=options.name,

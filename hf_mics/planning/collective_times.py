@@ -1,7 +1,8 @@
 """How long do the collectives of one communication unit take, on which link, stage by stage?
 
 Bytes are those that `hf_mics.traffic` says the engine moves; steps are those of the algorithms that the backends run:
-rings for gathers and scatters, trees for NCCL's all-reduce and a ring for gloo's.
+rings for gathers and scatters, trees for NCCL's all-reduce and a ring for gloo's. Where the engine exchanges slices
+over gloo instead, a step is a message to another rank.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def unit_loads(
 
     Args:
         gather_bytes, reduce_bytes: of the unit as it travels, padded, all shards together.
-        backend: gloo runs the m gathers inside a node one by one, and its flat reduce-scatter (ours, an all-to-all)
+        backend: gloo runs the m gathers inside a node one by one, and its flat reduce-scatter (ours, an exchange)
             sends every slice straight to its owner; NCCL coalesces the gathers, and its reduce-scatter is a ring.
     """
     unit = UnitShape(name="", gather_bytes=gather_bytes, reduce_bytes=reduce_bytes, gathers_per_micro_step=1)
