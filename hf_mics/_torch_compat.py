@@ -410,7 +410,8 @@ def reset_after_error(model: nn.Module) -> None:
             f"a forward or backward raised, and torch {torch.__version__} cannot start again after that. Install torch "
             "2.13, whose FSDPModule has reset_iter_state, or let the error end the job."
         )
-    cast(FSDPModule, model).reset_iter_state()
+    # Not `model.reset_iter_state()`: a schedule puts its own method there, which calls this function.
+    FSDPModule.reset_iter_state(cast(FSDPModule, model))
 
 
 def after_backward(model: nn.Module, callback: Callable[[], None]) -> Callable[[], None]:
