@@ -11,9 +11,10 @@ import io
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,14 @@ class TiedWriter(FileSystemWriter):
         super().finish(metadata, [*results, shared])
 
 
+class Share(NamedTuple):
+    """A stored piece that one rank reads, for itself and for others of its node."""
+
+    piece: Piece
+    reader: int
+    others: tuple[int, ...]
+
+
 class NodeReader(FileSystemReader):
     """Reads what the ranks of a node need, each stored piece once, by one of them.
 
@@ -98,92 +107,109 @@ class NodeReader(FileSystemReader):
         self._device = device
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Chooses, on the coordinator, who reads each piece that several ranks of a node need: the least loaded."""
+        """Chooses, on the coordinator, who reads each piece that several ranks of a node need, and when."""
         for first in range(0, len(plans), self._node_size):
-            self._share_reads(plans, range(first, min(first + self._node_size, len(plans))))
+            ranks = range(first, min(first + self._node_size, len(plans)))
+            rounds = self._rounds(
+                {rank: [self._piece(item.storage_index) for item in plans[rank].items] for rank in ranks}
+            )
+            for rank in ranks:
+                mine = [[share for share in shares if rank in (share.reader, *share.others)] for shares in rounds]
+                plans[rank] = replace(plans[rank], storage_data=mine)
         return plans
 
-    def _share_reads(self, plans: list[LoadPlan], ranks: range) -> None:
+    def _rounds(self, needs: dict[int, list[Piece]]) -> list[list[Share]]:
+        """What the ranks of a node read at the same time: in every round one piece each.
+
+        Args:
+            needs: the pieces that each rank needs.
+        """
         needed_by: dict[Piece, list[int]] = defaultdict(list)
-        for rank in ranks:
-            for piece in {self._piece(item.storage_index): None for item in plans[rank].items}:
+        for rank, pieces in needs.items():
+            for piece in dict.fromkeys(pieces):
                 needed_by[piece].append(rank)
-        piece_bytes = {self._piece(index): info.length for index, info in self.storage_data.items()}
-        load_bytes = dict.fromkeys(ranks, 0)
-        shared: dict[int, dict[Piece, list[int]]] = {rank: {} for rank in ranks}
-        # What one rank needs is that rank's anyway; of the others the largest first, so that they even out.
-        for piece in sorted(needed_by, key=lambda piece: (len(needed_by[piece]) > 1, -piece_bytes[piece], piece)):
-            needing = needed_by[piece]
-            reader = min(needing, key=lambda rank: load_bytes[rank])
-            load_bytes[reader] += piece_bytes[piece]
-            if len(needing) > 1:
-                for rank in needing:
-                    shared[rank][piece] = [reader, *(other for other in needing if other != reader)]
-        for rank in ranks:
-            plans[rank] = replace(plans[rank], storage_data=shared[rank])
+        load_bytes = dict.fromkeys(needs, 0)
+        shares: dict[int, list[Share]] = {rank: [] for rank in needs}
+        # What one rank needs is that rank's anyway. Of the others the largest first and to the rank with the least to
+        # read, so that loads even out, and pieces of one round are about as large as each other.
+        for piece in sorted(needed_by, key=lambda piece: (len(needed_by[piece]) > 1, -self._lengths[piece], piece)):
+            reader = min(needed_by[piece], key=lambda rank: load_bytes[rank])
+            load_bytes[reader] += self._lengths[piece]
+            others = tuple(rank for rank in needed_by[piece] if rank != reader)
+            shares[reader].append(Share(piece, reader, others))
+        return [[share for share in at_once if share] for at_once in zip_longest(*shares.values())]
 
     def _piece(self, index: MetadataIndex) -> Piece:
         info = self.storage_data[index]
         return info.relative_path, info.offset
 
+    @cached_property
+    def _lengths(self) -> dict[Piece, int]:
+        return {self._piece(index): info.length for index, info in self.storage_data.items()}
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills this rank's tensors.
 
-        Every rank goes through its pieces in one order for all, so that no two wait for each other; and to the end,
-        even if one could not be read, so that none waits for a message in vain.
+        In every round a rank reads its piece, then sends it and receives the others' at once: all read at the same
+        time, and a rank holds at most one piece of each rank of its node. A rank that could not read goes on to the
+        end, so that none waits for its messages in vain.
         """
-        sharing: dict[Piece, list[int]] = plan.storage_data or {}
         requests: dict[Piece, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             requests[self._piece(item.storage_index)].append(item)
-        failure: Exception | None = None
-        for piece in sorted(requests):
-            length = self.storage_data[requests[piece][0].storage_index].length
+        failures: list[Exception] = []
+        for shares in plan.storage_data:
+            # The byte after a piece says whether it was read: who only receives has nothing to report.
+            contents = {share.piece: torch.zeros(self._lengths[share.piece] + 1, dtype=torch.uint8) for share in shares}
             try:
-                data = self._fetch(piece, length, sharing.get(piece, []))
-                for request in requests[piece]:
-                    _fill(request, data, planner)
+                for share in shares:
+                    if share.reader == dist.get_rank():
+                        self.read_piece(share.piece, contents[share.piece][:-1])
+                        contents[share.piece][-1] = 1
             except Exception as error:  # raised below, once this rank owes no other anything
-                failure = failure or error
-        if failure:
-            raise failure
+                failures.append(error)
+            self._hand_on(shares, contents)
+            try:
+                for piece, content in contents.items():
+                    for request in requests[piece] if content[-1] else ():
+                        _fill(request, content[:-1], planner)
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _fetch(self, piece: Piece, length: int, sharing: list[int]) -> bytes:
-        """The bytes of a stored piece: read here, or received from the first of `sharing`, who reads for the others."""
-        if not sharing:
-            return self.read_piece(piece, length)
-        reader, *others = sharing
-        message = torch.zeros(length, dtype=torch.uint8, device=self._device)
-        if dist.get_rank() != reader:
-            dist.recv(message, src=reader)
-            return message.cpu().numpy().tobytes()
-        try:
-            data = self.read_piece(piece, length)
-            message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        finally:
-            for rank in others:
-                dist.send(message, dst=rank)
-        return data
+    def _hand_on(self, shares: list[Share], contents: dict[Piece, torch.Tensor]) -> None:
+        """Puts into `contents` what other ranks have read, and sends them what this rank has."""
+        messages = {share: contents[share.piece].to(self._device) for share in shares if share.others}
+        transfers: list[dist.P2POp] = []
+        for share, message in messages.items():
+            if share.reader == dist.get_rank():
+                transfers += [dist.P2POp(dist.isend, message, other) for other in share.others]
+            else:
+                transfers.append(dist.P2POp(dist.irecv, message, share.reader))
+        # One batch: NCCL sends and receives one after the other, and two ranks that both send first would wait forever.
+        for work in dist.batch_isend_irecv(transfers) if transfers else ():
+            work.wait()
+        contents.update({share.piece: message.cpu() for share, message in messages.items()})
 
-    def read_piece(self, piece: Piece, length: int) -> bytes:
-        """The `length` bytes of a stored piece, from disk."""
+    def read_piece(self, piece: Piece, content: torch.Tensor) -> None:
+        """Reads a stored piece from disk into `content`, its bytes."""
         name, offset = piece
         with (Path(self.path) / name).open("rb") as file:
             file.seek(offset)
-            data = file.read(length)
-        if len(data) < length:
-            raise OSError(f"{name} ends before the piece at {offset}, of {length} bytes")
-        return data
+            if file.readinto(content.numpy()) < len(content):  # type: ignore[arg-type]
+                raise OSError(f"{name} ends before the piece at {offset}, of {len(content)} bytes")
 
 
-def _fill(request: ReadItem, data: bytes, planner: LoadPlanner) -> None:
+def _fill(request: ReadItem, content: torch.Tensor, planner: LoadPlanner) -> None:
+    data = io.BytesIO(content.numpy())  # type: ignore[arg-type]
     if request.type == LoadItemType.BYTE_IO:
-        planner.load_bytes(request, io.BytesIO(data))
+        planner.load_bytes(request, data)
         return
-    tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    tensor = torch.load(data, map_location="cpu", weights_only=True)
     for axis, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
         tensor = tensor.narrow(axis, start, length)
     target = planner.resolve_tensor(request).detach()

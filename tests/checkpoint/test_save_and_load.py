@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -139,9 +140,9 @@ def measure_storage(folder: str, layout: str) -> dict[str, Any]:
     read: list[tuple[str, tuple[str, int], int]] = []
     original = NodeReader.read_piece
 
-    def counting(self: NodeReader, piece: tuple[str, int], length: int) -> bytes:
-        read.append((str(self.path), piece, length))
-        return original(self, piece, length)
+    def counting(self: NodeReader, piece: tuple[str, int], content: torch.Tensor) -> None:
+        read.append((str(self.path), piece, len(content)))
+        original(self, piece, content)
 
     NodeReader.read_piece = counting  # type: ignore[method-assign]
     try:
@@ -173,6 +174,35 @@ def test_each_byte_is_written_once_spread_over_replicas_and_read_once_per_node(t
         reads = [piece for result in node for piece in result["read"]]
         assert len(reads) == len(set(reads)) == len(pieces)
         assert set(reads) == pieces
+
+
+def load_from_a_bad_disk(folder: str) -> str:
+    """What this rank says when rank 3 cannot read one of the pieces that it reads for others too."""
+    accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2))
+    model = Sizes()
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_state(folder)
+    original = NodeReader.read_piece
+    reads = 0
+
+    def failing(self: NodeReader, piece: tuple[str, int], content: torch.Tensor) -> None:
+        nonlocal reads
+        reads += 1
+        if dist.get_rank() == 3 and reads == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        original(self, piece, content)
+
+    NodeReader.read_piece = failing  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError) as caught:
+        accelerator.load_state(folder)
+    return str(caught.value)
+
+
+def test_a_disk_that_fails_under_one_rank_is_named_by_every_rank(tmp_path: Path) -> None:
+    said = run_ranks(load_from_a_bad_disk, 4, str(tmp_path / "state"))
+    assert len(set(said)) == 1
+    assert "could not load model state: rank 3 (" in said[0]
+    assert "Input/output error" in said[0]
 
 
 def resume_wrongly(folder: str) -> dict[str, str]:
