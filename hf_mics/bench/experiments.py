@@ -99,8 +99,8 @@ def _weak_scaling() -> list[Configuration]:
     # time on the wire outweighs what 16 ranks need of those CPUs to copy and compute.
     base = Configuration(system="fsdp2", steps=2, micro_steps=2, rate_mbit=100.0)
     shapes = [replace(base, nodes=nodes, node_size=2, copies=8 // nodes) for nodes in (1, 2, 4, 8)]
-    # On nodes of one rank a partition group has to span two of them.
-    shapes.append(replace(base, nodes=16, node_size=1))
+    # On nodes of one rank a partition group has to span two of them, and hop 1 goes over the NICs.
+    shapes += [replace(base, nodes=nodes, node_size=1, copies=16 // nodes) for nodes in (2, 4, 8, 16)]
     # Copies start one after the other, and load the CPUs alike once the last of them is there.
     return [run for shape in shapes for run in (_mics(shape, 2, warm_up_steps=3, steps=3), shape)]
 
