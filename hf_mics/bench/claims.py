@@ -96,18 +96,21 @@ def losses(runs: Sequence[Summary]) -> list[str]:
 
 
 def weak_scaling(runs: Sequence[Summary]) -> list[str]:
-    """Growth of MiCS's communication from the smaller to the larger cluster of 2-rank nodes, hop 2 without (r-1)/r."""
-    of_shape = {
-        r.configuration.nodes: r for r in runs if r.configuration.system == "mics" and r.configuration.node_size == 2
-    }
-    if not {_FEW_NODES, _MANY_NODES} <= of_shape.keys():
+    """Growth of communication from the smaller to the larger cluster, MiCS's beside that of full sharding."""
+    return _weak_scaling_inside_nodes(runs) + _weak_scaling_between_nodes(runs)
+
+
+def _weak_scaling_inside_nodes(runs: Sequence[Summary]) -> list[str]:
+    """On nodes of two ranks hop 2 alone goes over the NICs; it is taken without (r-1)/r."""
+    pair = _smaller_and_larger(runs, "mics", node_size=2)
+    if pair is None:
         return []
 
     def hop2_s(run: Summary) -> float:
         r = run.configuration.topology.replication_size
         return run.waits_s.get("all_reduce", 0.0) * r / (r - 1)
 
-    small, large = of_shape[_FEW_NODES], of_shape[_MANY_NODES]
+    small, large = pair
     growth = (hop1_s(large) + hop2_s(large)) / (hop1_s(small) + hop2_s(small))
     claim = f"communication time of MiCS at {_MANY_NODES} nodes over {_FEW_NODES}, hop 2 times r/(r-1)"
     lines = [_line(claim, f"{growth:.2f}x", f"at most {_SCALING_FACTOR}x", growth <= _SCALING_FACTOR)]
@@ -122,15 +125,40 @@ def weak_scaling(runs: Sequence[Summary]) -> list[str]:
         f"- bytes per NIC of MiCS at {_MANY_NODES} nodes over {_FEW_NODES}: {sent:.2f}x "
         f"((r-1)/r alone: {expected:.2f}x)"
     )
-    zero3 = {r.configuration.nodes: r for r in runs if r.configuration.variant == "fsdp2"}
-    if {_FEW_NODES, _MANY_NODES} <= zero3.keys():
-        small, large = zero3[_FEW_NODES], zero3[_MANY_NODES]
-        lines.append(
-            f"- {large.configuration.label} (ZeRO-3) at {_MANY_NODES} nodes over {_FEW_NODES}: communication time "
-            f"{large.communication_s / small.communication_s:.2f}x, bytes per NIC "
-            f"{large.sent_bytes / small.sent_bytes:.2f}x"
-        )
-    return lines
+    return lines + _full_sharding_growth(runs, node_size=2)
+
+
+def _weak_scaling_between_nodes(runs: Sequence[Summary]) -> list[str]:
+    """On nodes of one rank hop 1 goes over the NICs; there is no hop 2 in a cluster that is one partition group."""
+    pair = _smaller_and_larger(runs, "mics", node_size=1)
+    if pair is None:
+        return []
+    small, large = pair
+    growth = hop1_s(large) / hop1_s(small)
+    claim = (
+        f"on nodes of 1 rank, where hop 1 goes over the NICs: hop 1 of MiCS at {_MANY_NODES} nodes over {_FEW_NODES}"
+    )
+    lines = [_line(claim, f"{growth:.2f}x", f"at most {_SCALING_FACTOR}x", growth <= _SCALING_FACTOR)]
+    lines.append(f"- from {hop1_s(small):.2f} to {hop1_s(large):.2f} s")
+    return lines + _full_sharding_growth(runs, node_size=1)
+
+
+def _full_sharding_growth(runs: Sequence[Summary], node_size: int) -> list[str]:
+    pair = _smaller_and_larger(runs, "fsdp2", node_size)
+    if pair is None:
+        return []
+    small, large = pair
+    return [
+        f"- {large.configuration.label} (ZeRO-3) at {_MANY_NODES} nodes over {_FEW_NODES}: communication time "
+        f"{large.communication_s / small.communication_s:.2f}x, bytes per NIC "
+        f"{large.sent_bytes / small.sent_bytes:.2f}x"
+    ]
+
+
+def _smaller_and_larger(runs: Sequence[Summary], system: str, node_size: int) -> tuple[Summary, Summary] | None:
+    mine = [run for run in runs if run.configuration.system == system and run.configuration.node_size == node_size]
+    by_nodes = {run.configuration.nodes: run for run in mine}
+    return (by_nodes[_FEW_NODES], by_nodes[_MANY_NODES]) if {_FEW_NODES, _MANY_NODES} <= by_nodes.keys() else None
 
 
 def sweep(runs: Sequence[Summary], of: str, title: str) -> list[str]:

@@ -131,6 +131,18 @@ def test_weak_scaling_takes_hop_2_without_its_unavoidable_growth():
     assert "(ZeRO-3) at 8 nodes over 2: communication time 4.00x, bytes per NIC 1.00x" in claims.weak_scaling(runs)[3]
 
 
+def test_weak_scaling_on_nodes_of_one_rank_compares_hop_1_alone():
+    base = Configuration(system="mics", partition_size=2, node_size=1, steps=2, micro_steps=2)
+    waits = {2: {"all_gather": 8.0, "exchange": 2.0}, 8: {"all_gather": 9.0, "exchange": 2.0, "all_reduce": 5.0}}
+    runs = [one(replace(base, nodes=n), waits_s=[waits[n]] * 3) for n in waits]
+    peer = replace(base, system="fsdp2", partition_size=None)
+    runs += [one(replace(peer, nodes=n), waits_s=[{"all_gather": float(n)}] * 3) for n in waits]
+    growth, seconds, full_sharding = claims.weak_scaling(runs)
+    assert "hop 1 of MiCS at 8 nodes over 2: **1.10x** (target at most 1.05x: **missed**)" in growth
+    assert "from 10.00 to 11.00 s" in seconds
+    assert "(ZeRO-3) at 8 nodes over 2: communication time 4.00x" in full_sharding
+
+
 def test_spanning_groups_show_shares_of_one_volume():
     mics = Configuration(system="mics", partition_size=4)
     staged = one(mics, expected_nic_bytes={"hop1": 5e5, "hop2": 5e5})  # (p-k)/p = 1/2: a volume of 1e6
