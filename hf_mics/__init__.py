@@ -1,4 +1,4 @@
-"""MiCS for Hugging Face Accelerate and Transformers: near-linear data-parallel training on clusters with slow links."""
+"""MiCS for Hugging Face Accelerate and Transformers: sharded data parallelism that spares slow links between nodes."""
 
 from __future__ import annotations
 

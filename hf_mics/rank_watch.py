@@ -18,9 +18,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -34,7 +35,11 @@ _GRACE_S = 5.0
 _LOOK_BEATS = 3
 _LOOK_S = _LOOK_BEATS * _BEAT_S
 _NETWORK_ERROR = re.compile(r"connection|broken pipe|timed out|timeout|gloo|nccl", re.IGNORECASE)
+# How long a rank that ends waits for the store, which may have lost its power with rank 0's node.
+_ANSWER_S = 15.0
 _LEFT, _RAISED = b"left", b"raised"
+
+T = TypeVar("T")
 
 
 class RankWatch:
@@ -61,8 +66,8 @@ class RankWatch:
         self._stop.set()
         self._thread.join(timeout=_LOOK_S)
         try:
-            self._say(word)
-        except RuntimeError:
+            _in_time(lambda: self._say(word), _LOOK_S)
+        except (RuntimeError, TimeoutError):
             return
 
     def missing(self) -> list[int]:
@@ -101,8 +106,8 @@ class RankWatch:
         if not is_network_error:
             return None
         try:
-            missing = self.missing()
-        except RuntimeError:
+            missing = _in_time(self.missing, _ANSWER_S)
+        except (RuntimeError, TimeoutError):
             return (
                 f"MiCS: the store of the job, on the node of rank 0 ({self._hosts[0]}), does not answer rank "
                 f"{self._rank}: rank 0 or its launcher has died, or the network to it."
@@ -166,6 +171,24 @@ class RankWatch:
         # get() on a key that is not there yet would block.
         known = [rank for rank in everyone if self._store.check([f"beat/{rank}"])]
         return dict(zip(known, self._store.multi_get([f"beat/{rank}" for rank in known]), strict=True)) if known else {}
+
+
+def _in_time(ask: Callable[[], T], limit_s: float) -> T:
+    """What `ask()` returns or raises; TimeoutError after `limit_s` seconds.
+
+    A TCPStore whose host lost its power or network answers neither with a value nor with an error, for a quarter of an
+    hour (net.ipv4.tcp_retries2), and holds up every other thread that asks.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # raised again by result()
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="hf_mics asks the store", daemon=True).start()
+    return answer.result(timeout=limit_s)
 
 
 _WATCHES: list[RankWatch] = []

@@ -94,7 +94,9 @@ def compared(folder: Path, times: dict[str, list[float]]) -> Table:
             *(f"{measured:.2f}", f"{100 * (middle.step_s / measured - 1):+.0f} %"),
         )
     table.caption = (
-        f"{NODES} virtual hosts of {RANKS_PER_NODE} ranks, {RATE_MBIT} Mbit/s each; medians of {STEPS} steps, fp32."
+        f"GPT-2 of {MODEL['n_layer']} layers x {MODEL['n_embd']}, {MICRO_BATCH} sequences of {MODEL['n_positions']} "
+        f"tokens; {NODES} virtual hosts of {RANKS_PER_NODE} ranks, {RATE_MBIT} Mbit/s each; medians of {STEPS} steps, "
+        "fp32."
     )
     return table
 

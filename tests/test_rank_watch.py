@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -105,3 +107,39 @@ def test_no_rank_ends_for_one_that_has_left_or_for_an_error_of_its_own(monkeypat
     wait_until(lambda: int(store.get("beat/2")) >= beats + 5)
     ended.assert_not_called()
     last.leave()
+
+
+class SilentStore:
+    """A store that, once its host is `gone`, keeps who asks waiting until `back`."""
+
+    def __init__(self) -> None:
+        self.gone, self.back, self._store = threading.Event(), threading.Event(), dist.HashStore()
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*args: Any) -> Any:
+            if self.gone.is_set():
+                self.back.wait()
+            return getattr(self._store, name)(*args)
+
+        return ask
+
+
+def test_a_store_that_lost_its_power_does_not_keep_a_failed_rank_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_BEAT_S", "_LOOK_S", "_ANSWER_S"):
+        monkeypatch.setattr(rank_watch, name, 0.05)
+    store = SilentStore()
+    watch = RankWatch(1, HOSTS, store)
+    wait_until(lambda: int(store.get("beat/1")) >= 2)
+    store.gone.set()
+    # So that a rank that does wait fails this test instead of hanging it.
+    rescue = threading.Timer(30, store.back.set)
+    rescue.start()
+    said = watch.explain(RuntimeError("Timed out waiting 30000ms for recv operation to complete"))
+    watch.leave()
+    assert not store.back.is_set()
+    rescue.cancel()
+    store.back.set()
+    assert said == (
+        "MiCS: the store of the job, on the node of rank 0 (alpha), does not answer rank 1: rank 0 or its launcher has "
+        "died, or the network to it."
+    )

@@ -72,6 +72,8 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[Record]:
         ConfigError: a peer is not installed, no namespaces can be made, or there is no space for results.
     """
     missing = plan.missing()
+    if present := plan.repeats * len(plan.configurations) - len(missing):
+        say(f"{present} runs have a record in {plan.results} and are not repeated (--again repeats them)")
     for environment in {c.spec.environment for _, c in missing}:
         interpreter(environment)
     _check_space(plan.results)

@@ -95,13 +95,15 @@ def check_optimizer(folder: Path, mark: Mark | None, index: int, present: set[st
     Raises:
         CheckpointError: it is of another class or trains other parameters.
     """
-    saved_class = mark.optimizers[index] if mark and index < len(mark.optimizers) else name
-    if saved_class != name:
+    note = mark.optimizers[index] if mark and index < len(mark.optimizers) else None
+    if note and note.class_name != name:
         raise CheckpointError(
-            f"the checkpoint {folder} is of another optimizer: expected {name}, as this run uses, got {saved_class}. "
-            f"Resume with {saved_class}, or start anew from the weights (`hf-mics export`)."
+            f"the checkpoint {folder} is of another optimizer: expected {name}, as this run uses, got "
+            f"{note.class_name}. Resume with {note.class_name}, or start anew from the weights (`hf-mics export`)."
         )
     saved = saved_optimizer_names(folder, index)
+    if saved and note:
+        saved |= set(note.without_state)
     if saved and saved != present:
         parts = [_some("here only", sorted(present - saved)), _some("there only", sorted(saved - present))]
         raise CheckpointError(

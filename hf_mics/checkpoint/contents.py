@@ -13,7 +13,7 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from hf_mics.checkpoint.mark import ModelNote
+from hf_mics.checkpoint.mark import ModelNote, OptimizerNote
 from hf_mics.checkpoint.storage import read_description
 from hf_mics.errors import CheckpointError
 from hf_mics.sharding import scalar_names
@@ -50,6 +50,16 @@ def model_note(model: nn.Module) -> ModelNote:
 def optimizer_class(optimizer: Any) -> str:
     """The class of the optimizer that accelerate has wrapped."""
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def optimizer_note(model: nn.Module, optimizer: Any) -> OptimizerNote:
+    """What the mark says about `optimizer`, which trains `model`."""
+    trained = trained_parameters(model, optimizer)
+    stateless = [name for name, param in trained.items() if not optimizer.state.get(param)]
+    # Plain SGD has no state of any.
+    return OptimizerNote(
+        class_name=optimizer_class(optimizer), without_state=stateless if len(stateless) < len(trained) else []
+    )
 
 
 def write_descriptions(folder: Path, model: nn.Module, others: Iterable[Any] = ()) -> None:
@@ -134,10 +144,10 @@ def saved_optimizer_names(folder: Path, index: int) -> set[str]:
     return set(load_whole(optimizer_file(folder, index))["state"])
 
 
-def present_optimizer_names(model: nn.Module, optimizer: Any) -> set[str]:
-    """Names of the parameters that `optimizer` trains now."""
+def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that `optimizer` trains now, by name."""
     trained = {id(param) for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
-    return {_canonical(name) for name, param in model.named_parameters() if id(param) in trained}
+    return {_canonical(name): param for name, param in model.named_parameters() if id(param) in trained}
 
 
 def loader_batch_sizes(loaders: list[Any]) -> list[int | None]:

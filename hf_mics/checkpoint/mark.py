@@ -37,6 +37,19 @@ class ModelNote:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerNote:
+    """An optimizer in a checkpoint.
+
+    Args:
+        class_name: of the optimizer that accelerate has wrapped.
+        without_state: parameters that it trains and has no state of, because none ever had a gradient.
+    """
+
+    class_name: str
+    without_state: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mark:
     """The completion mark of a checkpoint.
 
@@ -44,7 +57,7 @@ class Mark:
         format_version: of this file.
         state_format: "sharded", or "full" for whole tensors written by one rank.
         world_size, node_size, partition_size: the layout that saved it.
-        models: in the order of the Accelerator's `prepare`; `optimizers` likewise, class names.
+        models: in the order of the Accelerator's `prepare`; `optimizers` likewise.
         batch_sizes: rows per process and micro-step of each prepared loader, None where it has no such number.
         files: bytes of every other file, by path below the folder.
         versions: of the libraries that wrote it.
@@ -57,7 +70,7 @@ class Mark:
     node_size: int
     partition_size: int
     models: list[ModelNote]
-    optimizers: list[str]
+    optimizers: list[OptimizerNote]
     batch_sizes: list[int | None]
     files: dict[str, int]
     versions: dict[str, str]
@@ -95,7 +108,8 @@ def read_mark(folder: Path) -> Mark | None:
                 f"hf_mics (it was written by {said.get('versions')})."
             )
         models = [ModelNote(**model) for model in said.pop("models")]
-        return Mark(models=models, **said)
+        optimizers = [OptimizerNote(**optimizer) for optimizer in said.pop("optimizers")]
+        return Mark(models=models, optimizers=optimizers, **said)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, TypeError, ValueError) as error:

@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer
-from hf_mics.checkpoint.contents import optimizer_class, present_optimizer_names, present_shapes, state_format
-from hf_mics.checkpoint.mark import Mark
+from hf_mics.checkpoint.contents import optimizer_class, present_shapes, state_format, trained_parameters
+from hf_mics.checkpoint.mark import Mark, read_mark
 from hf_mics.checkpoint.saving import format_of, is_main, storage_for
 from hf_mics.checkpoint.together import main_decides, together
 from hf_mics.wrapping import class_name
@@ -45,7 +45,7 @@ def check_checkpoint(
         for index, model in enumerate(models):
             check_model(folder, mark, index, shapes[index], class_name(model))
         for index, optimizer in enumerate(optimizers):
-            names = present_optimizer_names(models[index], optimizer)
+            names = set(trained_parameters(models[index], optimizer))
             check_optimizer(folder, mark, index, names, optimizer_class(optimizer))
         return mark
 
@@ -92,11 +92,36 @@ def around_checkpoint_function(
     model = rest[0] if is_model else rest[1]
     folder = Path(options["input_dir"] if "input_dir" in options else rest[1 if is_model else 2]) if is_load else None
     doing = "could not load" if is_load else "could not save"
+
+    def run() -> Any:
+        index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)
+        partial = _without_stateless(folder, index, model, rest[0]) if folder and not is_model else None
+        with partial or contextlib.nullcontext():
+            return original(plugin, accelerator, *rest, **options)
+
     with storage_for(accelerator, model), in_format_of(plugin, folder) if folder else contextlib.nullcontext():
-        return together(
-            f"{doing} {'model' if is_model else 'optimizer'} state",
-            lambda: original(plugin, accelerator, *rest, **options),
-        )
+        return together(f"{doing} {'model' if is_model else 'optimizer'} state", run)
+
+
+@contextlib.contextmanager
+def _without_stateless(folder: Path, index: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Inside, the parameters of which `optimizer` had no state when it was saved count as frozen; they end without any.
+
+    torch makes state for every trained parameter before it loads, and would not find theirs. Theirs must not stay made
+    either: it would count steps that there have not been.
+    """
+    mark = read_mark(folder)
+    names = mark.optimizers[index].without_state if mark else []
+    trained = trained_parameters(model, optimizer)
+    frozen = [trained[name] for name in names]
+    for param in frozen:
+        optimizer.state.pop(param, None)
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in frozen:
+            param.requires_grad_(True)
 
 
 def continue_random_state(own: Path, of_rank_0: Path, rank: int) -> bool:

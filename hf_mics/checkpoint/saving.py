@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_mics.checkpoint.check import missing_pieces
-from hf_mics.checkpoint.contents import loader_batch_sizes, model_note, optimizer_class, tied_names
+from hf_mics.checkpoint.contents import loader_batch_sizes, model_note, optimizer_note, tied_names
 from hf_mics.checkpoint.folder import commit, discard, find_checkpoints, staging_folder, start_saving
 from hf_mics.checkpoint.mark import FORMAT_VERSION, Mark, StateFormat
 from hf_mics.checkpoint.storage import our_storage
@@ -64,8 +64,8 @@ def _make_mark(
     missing = missing_pieces(staging_folder(target))
     if missing:
         raise CheckpointError(
-            f"rank 0 does not see what other ranks wrote ({missing[0]}): a sharded checkpoint needs a folder that all "
-            "nodes share. Put output_dir on one, or save with fsdp_state_dict_type: FULL_STATE_DICT."
+            f"rank 0 does not see what other ranks wrote ({missing[0]}): a checkpoint needs a folder that all nodes "
+            "share. Put output_dir on one."
         )
     topology = accelerator.topology
     return Mark(
@@ -75,7 +75,7 @@ def _make_mark(
         node_size=topology.node_size,
         partition_size=topology.partition_size,
         models=[model_note(model) for model in models],
-        optimizers=[optimizer_class(optimizer) for optimizer in optimizers],
+        optimizers=[optimizer_note(*pair) for pair in zip(models, optimizers, strict=False)],
         batch_sizes=loader_batch_sizes(accelerator._dataloaders),
         files=files,
         versions={name: version(name) for name in ("torch", "accelerate", "transformers")},

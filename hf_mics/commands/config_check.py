@@ -149,7 +149,7 @@ def _fsdp(fsdp: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_switch(key: str) -> bool:
-    names = ("offload_params", "activation_checkpointing", "cpu_ram_efficient_loading")
+    names = ("reshard_after_forward", "offload_params", "activation_checkpointing", "cpu_ram_efficient_loading")
     return key.removeprefix("fsdp_") in names
 
 
@@ -166,7 +166,7 @@ def _fsdp_notes(config: Mapping[str, Any], fsdp: Mapping[str, Any]) -> Iterator[
     if str(fsdp.get("fsdp_reshard_after_forward", "true")).lower() in _FALSE:
         yield "fsdp_reshard_after_forward false: parameters stay gathered until backward, which saves a gather"
     if str(fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT")) == "SHARDED_STATE_DICT":
-        yield "SHARDED_STATE_DICT checkpoints are no files that from_pretrained reads: save the final model apart"
+        yield "SHARDED_STATE_DICT checkpoints are no files that from_pretrained reads: `hf-mics export` makes them such"
     else:
         yield "FULL_STATE_DICT gathers the whole model on rank 0 at every checkpoint"
     if _is_true(config.get("use_cpu", False)):

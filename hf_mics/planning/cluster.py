@@ -177,7 +177,7 @@ class Cluster:
         if self.nodes > 1 and self.inter_node is None:
             raise ConfigError(
                 f"{self.name}: {self.nodes} nodes were asked for, but nothing is known of the links between nodes. "
-                "Measure on two nodes or more, or plan for one node."
+                "Measure on two nodes or more, or stay on one: --nodes 1 for plan, --to-gpus for simulate."
             )
 
     @property

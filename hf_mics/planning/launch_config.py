@@ -80,7 +80,10 @@ class LaunchConfig:
                 f"  parallelism_config_dp_replicate_size: {topology.replication_size}",
             ]
         else:
-            lines.append("# Accelerate refuses groups of one rank in a config: --partition-size 1 makes them.")
+            lines += [
+                "# Accelerate refuses groups of one rank in a config. The runner's --partition-size 1 makes them, or",
+                "# MiCSPlugin(partition_size=1) in the script; without either a node is the partition group.",
+            ]
         return "\n".join(lines) + "\n"
 
     def command(self, file: str) -> str:
