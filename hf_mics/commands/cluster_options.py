@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from hf_mics.commands.workload_options import given_or
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
 from hf_mics.planning.cluster_file import load_cluster
@@ -21,7 +22,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU, in GB (1e9 bytes)")
     group.add_argument("--nvlink", type=float, metavar="GB/S", help="link between a node's GPUs, GB/s of one GPU")
     group.add_argument("--nic", type=float, metavar="GBIT/S", help="network interface of one node, Gbit/s")
-    group.add_argument("--peak", type=float, metavar="TFLOPS", help="dense 16-bit peak of one GPU, TFLOP/s")
+    group.add_argument("--peak", type=float, metavar="TFLOPS", help="dense peak of one GPU at --precision, TFLOP/s")
 
 
 def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Cluster:
@@ -45,7 +46,7 @@ def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Clus
         cluster = load_cluster(options.cluster)
         return cluster if nodes is None else cluster.with_nodes(nodes)
     if options.instance:
-        return instance_cluster(options.instance, 1 if nodes is None else nodes)
+        return instance_cluster(options.instance, 1 if nodes is None else nodes, given_or(options.precision, "bf16"))
     if len(given) < len(_RATES):
         missing = " ".join(_flag(name) for name in _RATES if name not in given)
         raise ConfigError(f"a cluster by its rates needs all of {' '.join(map(_flag, _RATES))}; missing: {missing}.")

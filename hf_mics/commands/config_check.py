@@ -19,7 +19,8 @@ import yaml
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.topology import Topology
 
-_TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
+# As accelerate's str_to_bool reads them; an empty value is neither.
+_TRUE, _FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
 # What only FSDP version 1 reads, and what takes its place.
 _VERSION_1_ONLY = {
     "fsdp_sharding_strategy": "the groups follow from dp_shard_size and dp_replicate_size",
@@ -140,6 +141,17 @@ def _fsdp(fsdp: Mapping[str, Any]) -> Iterator[str]:
     for key, value in fsdp.items():
         if _is_switch(key) and str(value).lower() not in _TRUE + _FALSE:
             yield f"fsdp_config: {key} must be true or false, got {value!r}"
+    if _is_true(fsdp.get("fsdp_activation_checkpointing_offload", False)) and not _is_true(
+        fsdp.get("fsdp_activation_checkpointing", False)
+    ):
+        yield "fsdp_config: fsdp_activation_checkpointing_offload needs fsdp_activation_checkpointing: true"
+    if _is_true(fsdp.get("fsdp_cpu_ram_efficient_loading", False)) and not _is_true(
+        fsdp.get("fsdp_sync_module_states", True)
+    ):
+        yield (
+            "fsdp_config: accelerate refuses fsdp_cpu_ram_efficient_loading with fsdp_sync_module_states false: leave "
+            "the latter out"
+        )
     policy = str(fsdp.get("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"))
     if policy not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"):
         yield (
@@ -149,8 +161,8 @@ def _fsdp(fsdp: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_switch(key: str) -> bool:
-    names = ("reshard_after_forward", "offload_params", "activation_checkpointing", "cpu_ram_efficient_loading")
-    return key.removeprefix("fsdp_") in names
+    names = ("activation_checkpointing", "activation_checkpointing_offload", "cpu_ram_efficient_loading")
+    return key.removeprefix("fsdp_") in (*names, "offload_params", "reshard_after_forward")
 
 
 def _is_true(value: Any) -> bool:
@@ -200,7 +212,19 @@ class _Sizes:
                 f"{processes} and {machines}"
             )
             return
+        self._check_machine(config, machines, processes // machines)
         self._form_groups(machines, processes, shard, replicate)
+
+    def _check_machine(self, config: Mapping[str, Any], machines: int, node_size: int) -> None:
+        rank = config.get("machine_rank")
+        if rank is not None and int_or_none(rank) not in range(machines):
+            self.mistakes.append(f"machine_rank must be 0 to {machines - 1} with num_machines {machines}, got {rank!r}")
+        ids = config.get("gpu_ids")
+        if ids is not None and str(ids) != "all" and len(str(ids).split(",")) < node_size:
+            self.mistakes.append(
+                f"gpu_ids names {len(str(ids).split(','))} GPUs, and num_processes over num_machines puts {node_size} "
+                "ranks on a node: set gpu_ids: all, or fewer processes"
+            )
 
     def _form_groups(self, machines: int, processes: int, shard: int | None, replicate: int | None) -> None:
         if shard == 1:

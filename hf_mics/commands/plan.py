@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -60,12 +61,13 @@ def run(options: argparse.Namespace) -> None:
         config.save(Path(options.save), force=options.force)
     if options.json:
         print(json.dumps(plan.record(), indent=2))
-        return
-    from hf_mics.commands.plan_report import print_plan
+    else:
+        from hf_mics.commands.plan_report import print_plan
 
-    print_plan(plan)
+        print_plan(plan)
     if options.save:
-        print(f"\nwrote {options.save}; launch with:\n  {config.command(options.save)}")
+        where = sys.stderr if options.json else sys.stdout
+        print(f"\nwrote {options.save}; launch with:\n  {config.command(options.save)}", file=where)
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -128,4 +130,5 @@ def _config(plan: Plan) -> LaunchConfig:
         precision=workload.precision,
         activation_checkpointing=workload.activation_checkpointing,
         cpu_offload=workload.cpu_offload,
+        hierarchical=plan.request.hierarchical,
     )

@@ -18,11 +18,13 @@ from hf_mics.planning.scaling_plots import NAMES, Panel, draw
 
 @dataclass(frozen=True)
 class ScalingReport:
-    """Tables to print, the same as one JSON object, and panels by picture name."""
+    """Tables to print between a header and notes, the same as one JSON object, and panels by picture name."""
 
     tables: list[Table]
     record: dict[str, Any]
     pictures: dict[str, list[Panel]]
+    header: str = ""
+    notes: Sequence[str] = ()
 
     def save_pictures(self, folder: Path, *, force: bool) -> list[Path]:
         """Writes every picture as a PNG into `folder`, which is created, and returns their paths.

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
 from hf_mics.commands.paper_figures import paper_report
@@ -14,9 +14,9 @@ from hf_mics.commands.scaling_report import ScalingReport, scaling_table
 from hf_mics.commands.workload_options import add_workload_arguments, given_or, workload_from_options
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
-from hf_mics.planning.scaling import ScalePoint, Scaling, simulate, sizes_between, smallest_partition
+from hf_mics.planning.scaling import ScalePoint, Scaling, left_out, simulate, sizes_between, smallest_partition
 from hf_mics.planning.scaling_plots import Panel
-from hf_mics.planning.timing import System
+from hf_mics.planning.timing import System, time_notes
 from hf_mics.planning.workload import Workload
 
 # What can be said beside --paper; the first two are the command line's own.
@@ -51,8 +51,12 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
+    if report.header:
+        console.print(report.header, soft_wrap=True, highlight=False)
     for table in report.tables:
         console.print(table)
+    for line in report.notes:
+        console.print(line if line.endswith(":") else f"  {line}", soft_wrap=True, highlight=False)
     for path in paths:
         print(f"wrote {path}")
 
@@ -80,31 +84,56 @@ def _report(options: argparse.Namespace) -> ScalingReport:
     partition_size = options.partition_size
     if partition_size is None:
         partition_size = smallest_partition(_workload(options, "weak", sizes), cluster.with_world_size(sizes[-1]))
+    systems = tuple(dict.fromkeys(given_or(options.systems, ("mics", "zero3", "hsdp"))))
     points: list[ScalePoint] = []
+    omitted: list[str] = []
     pictures = {}
     for scaling in scalings:
         workload = _workload(options, scaling, sizes)
-        found = simulate(
-            workload,
-            cluster,
-            scaling=scaling,
-            systems=tuple(dict.fromkeys(given_or(options.systems, ("mics", "zero3", "hsdp")))),
-            world_sizes=sizes,
-            partition_size=partition_size,
-        )
+        asked: Any = {
+            "scaling": scaling,
+            "systems": systems,
+            "world_sizes": sizes,
+            "partition_size": partition_size,
+        }
+        found = simulate(workload, cluster, **asked)
         points += found
+        omitted += [f"{scaling} scaling, {line}" for line in left_out(workload, cluster, **asked)]
         pictures[f"{scaling}_scaling"] = [_panel(scaling, workload, cluster, found)]
+    assumed = [*cluster.assumptions(), *time_notes(workload, cluster)]
     record = {
         "model": {"name": workload.model.name, "parameters": workload.model.num_parameters},
         "cluster": cluster.name,
-        "assumptions": cluster.assumptions(),
+        "workload": {
+            "seq_length": workload.seq_length,
+            "micro_batch": workload.micro_batch,
+            "precision": workload.precision,
+            "optimizer": workload.optimizer,
+            "activation_checkpointing": workload.activation_checkpointing,
+        },
+        "assumptions": assumed,
+        "left_out": omitted,
         "points": [point.record() for point in points],
     }
+    steps = sorted({point.accumulation for point in points if point.scaling == "weak"})
+    header = (
+        f"{workload.model.name}, {workload.model.num_parameters / 1e9:.2f}B parameters, on {cluster.accelerator.name} "
+        f"({cluster.name}); partition groups of {partition_size}"
+        f"{'' if options.partition_size else ', the fewest that fit'}; sequences of {workload.seq_length}, micro-batch "
+        f"{workload.micro_batch}{f', accumulation {steps[0]} under weak scaling' if steps else ''}, "
+        f"{workload.precision}, activation checkpointing {'on' if workload.activation_checkpointing else 'off'}"
+    )
     tables = [
         scaling_table([p for p in points if p.scaling == s], f"{s} scaling, {workload.model.name} on {cluster.name}")
         for s in scalings
     ]
-    return ScalingReport(tables, record, pictures)
+    return ScalingReport(
+        tables,
+        record,
+        pictures,
+        header=header,
+        notes=["assumed:", *assumed, *(["left out:", *omitted] if omitted else [])],
+    )
 
 
 def _workload(options: argparse.Namespace, scaling: Scaling, sizes: list[int]) -> Workload:

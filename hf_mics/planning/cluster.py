@@ -85,7 +85,7 @@ class Accelerator:
     Args:
         name: for example A100-40GB.
         memory_bytes: of the device.
-        peak_flops_per_s: dense 16-bit peak; on CPUs the best matrix product that was measured.
+        peak_flops_per_s: dense peak at the precision of training; on CPUs the best matrix product that was measured.
 
     Raises:
         ConfigError: a size that is not positive.

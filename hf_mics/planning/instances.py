@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Accelerator, Cluster, Link, Range, require_positive
+from hf_mics.planning.workload import Precision
 
 # End-to-end figures bound the efficiency of computing alone from below: 33 % (nanoGPT, torchtitan 8B eager) to 47 % of
 # the peak in model FLOPS (Megatron-LM, MPT 7B), a third more where activations are recomputed; the best single matrix
@@ -23,15 +24,16 @@ MEMORY_EFFICIENCY = Range(0.60, 0.90)
 INTRA_NODE_LATENCY_S = Range(2e-6, 10e-6)
 INTER_NODE_LATENCY_S = Range(10e-6, 50e-6)
 
-# name: (memory GB, dense bf16 peak in TFLOP/s (V100: fp16), memory bandwidth in GB/s), from NVIDIA's data sheets.
+# name: (memory GB, dense bf16 peak in TFLOP/s (V100: fp16), fp32 peak without TF32, as PyTorch computes unless told
+# otherwise, memory bandwidth in GB/s), from NVIDIA's data sheets.
 # Decimal GB as sold: devices have up to 7 % more, about what CUDA and NCCL take for themselves.
-_GPUS: dict[str, tuple[float, float, float]] = {
-    "V100-32GB": (32, 125, 900),
-    "A100-40GB": (40, 312, 1555),
-    "A100-80GB": (80, 312, 2039),
-    "H100-80GB": (80, 989, 3350),
-    "H200-141GB": (141, 989, 4800),
-    "B200-180GB": (180, 2250, 8000),
+_GPUS: dict[str, tuple[float, float, float, float]] = {
+    "V100-32GB": (32, 125, 15.7, 900),
+    "A100-40GB": (40, 312, 19.5, 1555),
+    "A100-80GB": (80, 312, 19.5, 2039),
+    "H100-80GB": (80, 989, 67, 3350),
+    "H200-141GB": (141, 989, 67, 4800),
+    "B200-180GB": (180, 2250, 75, 8000),
 }
 
 
@@ -65,8 +67,11 @@ INSTANCES: dict[str, Instance] = {
 }
 
 
-def instance_cluster(name: str, nodes: int) -> Cluster:
+def instance_cluster(name: str, nodes: int, precision: Precision = "bf16") -> Cluster:
     """A cluster of `nodes` instances called `name`, its links ranges of what their data sheets say.
+
+    Args:
+        precision: of matrix products, whose peak it is.
 
     Raises:
         ConfigError: no such instance; the message holds the nearest names.
@@ -79,14 +84,14 @@ def instance_cluster(name: str, nodes: int) -> Cluster:
             f"Unknown instance: expected one of {', '.join(INSTANCES)}, got {name!r}. {hint}Describe any other with "
             "--gpus-per-node --gpu-memory --nvlink --nic --peak, or measure it with hf-mics measure."
         )
-    memory_gb, peak_tflops, memory_gb_per_s = _GPUS[instance.gpu]
+    memory_gb, half_tflops, fp32_tflops, memory_gb_per_s = _GPUS[instance.gpu]
     return custom_cluster(
         name=name,
         gpu=instance.gpu,
         nodes=nodes,
         gpus_per_node=instance.gpus,
         gpu_memory_gb=memory_gb,
-        peak_tflops=peak_tflops,
+        peak_tflops=fp32_tflops if precision == "fp32" else half_tflops,
         nvlink_gb_per_s=instance.nvlink_gb_per_s,
         nic_gbit_per_s=instance.nic_gbit_per_s,
         memory_gb_per_s=memory_gb_per_s,
@@ -110,7 +115,8 @@ def custom_cluster(
     """A cluster from its rates, as data sheets state them.
 
     Args:
-        gpu_memory_gb: decimal GB. `peak_tflops`: dense, 16-bit. `nvlink_gb_per_s`: GB/s per GPU and direction.
+        gpu_memory_gb: decimal GB. `peak_tflops`: dense, at the precision of training.
+        nvlink_gb_per_s: GB/s per GPU and direction.
         nic_gbit_per_s: Gbit/s of one node's network interface, per direction. `memory_gb_per_s`: of the GPU's own
             memory; without it the optimizer step is left out of predicted times.
 

@@ -20,6 +20,7 @@ class LaunchConfig:
         precision: accelerate's mixed precision; "fp32" is none.
         activation_checkpointing: whether layers are recomputed in backward.
         cpu_offload: whether parameters and optimizer state live in host memory.
+        hierarchical: two-stage collectives where a partition group spans nodes; no config holds it, the command does.
 
     Raises:
         ConfigError, TopologyError: sizes that form no groups.
@@ -31,6 +32,7 @@ class LaunchConfig:
     precision: Precision = "bf16"
     activation_checkpointing: bool = True
     cpu_offload: bool = False
+    hierarchical: bool = True
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "partition_size"):
@@ -89,8 +91,8 @@ class LaunchConfig:
     def command(self, file: str) -> str:
         """How to launch a script with the config `file`."""
         where = f" --machine_rank 0..{self.nodes - 1} --main_process_ip HOST" if self.nodes > 1 else ""
-        single = " --partition-size 1" if self.partition_size == 1 else ""
-        return f"accelerate launch --config_file {file}{where} -m hf_mics{single} train.py"
+        flags = (" --partition-size 1" if self.partition_size == 1 else "") + ("" if self.hierarchical else " --flat")
+        return f"accelerate launch --config_file {file}{where} -m hf_mics{flags} train.py"
 
     def save(self, path: Path, *, force: bool) -> None:
         """Writes the config.

@@ -14,7 +14,7 @@ from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
 from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
 from hf_mics.planning.step_traffic import PhaseTraffic, phase_traffic
-from hf_mics.planning.timing import StepTime, System, predict, predict_at
+from hf_mics.planning.timing import StepTime, System, predict, predict_at, time_notes
 from hf_mics.planning.workload import Workload
 from hf_mics.topology import Topology, valid_partition_sizes
 
@@ -203,6 +203,7 @@ def assumptions(request: Request) -> list[str]:
         f"{'on' if workload.activation_checkpointing else 'off'}, partial sums of gradients in fp32",
         "traffic: what the engine sends, without headers and the user's own collectives",
         "time leaves out data loading, checkpoints, gradient clipping, stragglers and shared networks",
+        *time_notes(workload, request.cluster),
     ]
 
 

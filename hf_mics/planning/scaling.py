@@ -91,19 +91,15 @@ def simulate(
         ConfigError: no system that has partition groups, or none at all if there is no such, fits at any size.
     """
     points = []
+    asked = set(PARTITIONED) & set(systems) or set(systems)
     refused: MiCSError | None = None
     for system in systems:
         for world_size in world_sizes:
             sized = cluster.with_world_size(world_size)
-            p = {"ddp": 1}.get(system, partition_size if system in PARTITIONED else world_size)
-            accumulation = _accumulation(workload, scaling, world_sizes[0], world_size)
-            if p > world_size or not accumulation:
-                continue
-            run = replace(workload, accumulation=accumulation)
             try:
-                _require_memory(run, sized, system, p)
+                run, p = _at_size(workload, sized, scaling, system, world_sizes[0], partition_size)
             except (TopologyError, ConfigError) as error:
-                refused = refused or error
+                refused = error if system in asked else refused
                 continue
             step = predict(run, sized, system=system, partition_size=p, implementation=implementation)
             points.append(
@@ -112,14 +108,57 @@ def simulate(
                     system=system,
                     world_size=world_size,
                     partition_size=p,
-                    accumulation=accumulation,
+                    accumulation=run.accumulation,
                     step=step,
                 )
             )
-    asked = set(PARTITIONED) & set(systems) or set(systems)
     if refused is not None and not asked & {point.system for point in points}:
         raise refused
     return points
+
+
+def left_out(
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    scaling: Scaling,
+    systems: Sequence[System],
+    world_sizes: Sequence[int],
+    partition_size: int,
+) -> list[str]:
+    """What `simulate` leaves out and why, a line for each system and reason."""
+    sizes: dict[tuple[System, str], list[int]] = {}
+    for system in systems:
+        for world_size in world_sizes:
+            try:
+                _at_size(workload, cluster.with_world_size(world_size), scaling, system, world_sizes[0], partition_size)
+            except (TopologyError, ConfigError) as error:
+                sizes.setdefault((system, str(error)), []).append(world_size)
+    return [f"{system} on {', '.join(map(str, found))} GPUs: {reason}" for (system, reason), found in sizes.items()]
+
+
+def _at_size(
+    workload: Workload, cluster: Cluster, scaling: Scaling, system: System, smallest: int, partition_size: int
+) -> tuple[Workload, int]:
+    """The workload on all GPUs of `cluster`, and the system's own partition size there.
+
+    Raises:
+        ConfigError: the system does not fit, or the global batch does not divide.
+        TopologyError: the partition size forms no groups.
+    """
+    world_size = cluster.world_size
+    p = {"ddp": 1}.get(system, partition_size if system in PARTITIONED else world_size)
+    if p > world_size:
+        raise ConfigError(f"fewer than a partition group of {p}.")
+    accumulation = _accumulation(workload, scaling, smallest, world_size)
+    if not accumulation:
+        raise ConfigError(
+            f"the global batch of {workload.micro_batch * workload.accumulation * smallest} sequences does not divide "
+            f"into micro-batches of {workload.micro_batch}."
+        )
+    run = replace(workload, accumulation=accumulation)
+    _require_memory(run, cluster, system, p)
+    return run, p
 
 
 def smallest_partition(workload: Workload, cluster: Cluster) -> int:

@@ -71,7 +71,6 @@ class StepTime:
         tflops_per_gpu: TFLOP/s of one GPU, recomputed activations counted, as published MiCS figures do.
         model_tflops_per_gpu: the same without recomputation: what the mathematics needs.
         utilization: model FLOPS over the peak, from 0 to 1.
-        notes: what this prediction leaves out beyond what all of them do.
     """
 
     step_s: Range
@@ -84,7 +83,6 @@ class StepTime:
     tflops_per_gpu: Range
     model_tflops_per_gpu: Range
     utilization: Range
-    notes: tuple[str, ...] = ()
 
 
 def predict(
@@ -127,7 +125,6 @@ def predict(
         tflops_per_gpu=per_second((model_flops + recomputed) / 1e12),
         model_tflops_per_gpu=per_second(model_flops / 1e12),
         utilization=per_second(model_flops / peak),
-        notes=tuple(_notes(workload, cluster)),
     )
 
 
@@ -219,8 +216,9 @@ def _layout(
         loads=loads,
         micro_steps=workload.accumulation,
         hop2_always=system == "hsdp" or not two_hop,
-        update_bytes=float(shard * _UPDATE_BYTES[workload.optimizer]),
-        tensors=sum(len(unit.matrices) for unit in workload.model.units),
+        # Offloaded, it runs on the host, at a speed that nothing here knows.
+        update_bytes=0.0 if workload.cpu_offload else float(shard * _UPDATE_BYTES[workload.optimizer]),
+        tensors=0 if workload.cpu_offload else sum(len(unit.matrices) for unit in workload.model.units),
         overlap=cluster.backend == "nccl",
         hop2_beside=system == "mics" and two_hop,
         whole_parameters=system == "zero2",
@@ -307,13 +305,14 @@ def _works(workload: Workload) -> list[_Work]:
     return works if has_head else [*works, _Work(None, head_flops, is_head=True)]
 
 
-def _notes(workload: Workload, cluster: Cluster) -> Iterator[str]:
+def time_notes(workload: Workload, cluster: Cluster) -> Iterator[str]:
+    """What predicted times of `workload` leave out beyond what all of them do."""
     if workload.cpu_offload:
         yield "CPU offload: transfers between host and GPU and the optimizer's time on the CPU are left out"
     elif cluster.update_bytes_per_s is None:
         yield "the optimizer's own time is left out: the memory bandwidth is not known"
     if workload.precision == "fp32" and cluster.backend == "nccl":
-        yield "fp32: the peak and the efficiency are those of 16-bit matrix products, so computing takes longer"
+        yield "fp32: the part of the peak that is reached is the one of 16-bit matrix products; no TF32"
 
 
 def _between(a: float, b: float) -> Range:

@@ -153,6 +153,18 @@ def sizes(**values: Any) -> dict[str, Any]:
         ),
         (changed("fsdp_config", fsdp_state_dict_type="LOCAL_STATE_DICT"), "fsdp_state_dict_type is LOCAL_STATE_DICT"),
         (changed("fsdp_config", fsdp_offload_params="maybe"), "must be true or false, got 'maybe'"),
+        (changed("fsdp_config", fsdp_offload_params=None), "fsdp_offload_params must be true or false, got None"),
+        (changed("fsdp_config", fsdp_reshard_after_forward="FULL_SHARD"), "must be true or false, got 'FULL_SHARD'"),
+        (
+            changed("fsdp_config", fsdp_activation_checkpointing_offload=True),
+            "fsdp_activation_checkpointing_offload needs fsdp_activation_checkpointing: true",
+        ),
+        (
+            changed("fsdp_config", fsdp_cpu_ram_efficient_loading=True, fsdp_sync_module_states=False),
+            "accelerate refuses fsdp_cpu_ram_efficient_loading with fsdp_sync_module_states false",
+        ),
+        (changed(None, machine_rank=5), "machine_rank must be 0 to 1 with num_machines 2, got 5"),
+        (changed(None, gpu_ids="0,1"), "gpu_ids names 2 GPUs, and num_processes over num_machines puts 8 ranks"),
         (changed("fsdp_config", fsdp_auto_wrap_policy="LAYERS"), "fsdp_auto_wrap_policy must be"),
         (sizes(dp_shard_size=1, dp_replicate_size=16), "dp_shard_size is 1, which accelerate refuses"),
         (sizes(dp_replicate_size=3), "got 8 x 3 = 24, expected 16; set dp_replicate_size to 2"),

@@ -80,6 +80,26 @@ def test_save_writes_a_config_that_accelerate_launches(tmp_path: Path, capsys: p
     assert str(arguments.fsdp_activation_checkpointing).lower() == "true"
 
 
+def test_flat_collectives_are_in_the_launch_command_and_json_stays_one_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*SMALL.split(), "--flat", "--json", "--save", str(tmp_path / "mics.yaml")]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["choice"]["partition_size"] == 8
+    assert "-m hf_mics --flat train.py" in said.err
+    assert "-m hf_mics --flat train.py" in (tmp_path / "mics.yaml").read_text()
+
+
+def test_fp32_is_planned_at_its_own_peak_and_what_offload_leaves_out_is_said(capsys: pytest.CaptureFixture[str]):
+    small = "plan --model gpt2-xl --instance p4d.24xlarge --nodes 2"
+    half, single = (as_json(capsys, f"{small} --precision {precision}") for precision in ("bf16", "fp32"))
+    # 19.5 against 312 TFLOP/s on an A100.
+    assert single["candidates"][0]["step_time_s"][0] > 5 * half["candidates"][0]["step_time_s"][0]
+    offloaded = as_json(capsys, f"{small} --cpu-offload")
+    assert any("optimizer's time on the CPU are left out" in line for line in offloaded["assumptions"])
+    assert not any("CPU offload" in line for line in half["assumptions"])
+
+
 def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "mics.yaml"
     file.write_text("mine")

@@ -83,6 +83,21 @@ def test_the_default_group_is_the_smallest_that_fits_and_what_does_not_fit_is_le
     assert sizes == {(s, w) for s in ("mics", "zero3") for w in (16, 32, 64) if w >= smallest}
 
 
+def test_what_was_simulated_and_what_was_left_out_is_said(capsys: pytest.CaptureFixture[str]):
+    words = ["simulate", "--model", "gpt-20b", "--instance", "p4d.24xlarge", "--scaling", "weak", "--to-gpus", "64"]
+    assert cli.main([*words, "--systems", "mics", "ddp"]) == 0
+    out = capsys.readouterr().out
+    assert "partition groups of 16, the fewest that fit; sequences of 1024, micro-batch 1, accumulation 4" in out
+    assert "bf16, activation checkpointing on" in out
+    assert "compute_efficiency" in out
+    assert "left out:\n  weak scaling, mics on 8 GPUs: fewer than a partition group of 16." in out
+    assert "weak scaling, ddp on 8, 16, 32, 64 GPUs: gpt-20b does not fit" in out
+    assert cli.main([*words, "--json", "--partition-size", "32"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["workload"]["seq_length"] == 1024
+    assert found["left_out"][0].startswith("weak scaling, mics on 8, 16 GPUs: fewer than a partition group of 32")
+
+
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_the_paper_s_settings_are_the_smallest_group_and_the_largest_micro_batch_that_fit(name: str):
     setting = SETTINGS[name]

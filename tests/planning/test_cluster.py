@@ -31,6 +31,7 @@ FLAGS = ["--gpus-per-node", "4", "--gpu-memory", "80", "--nvlink", "300", "--nic
 def parsed(words: list[str], nodes: int | None = None) -> Cluster:
     parser = argparse.ArgumentParser()
     add_cluster_arguments(parser)
+    parser.set_defaults(precision=None)
     return cluster_from_options(parser.parse_args(words), nodes)
 
 
