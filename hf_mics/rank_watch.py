@@ -61,14 +61,15 @@ class RankWatch:
         self._say(b"0")
         self._thread.start()
 
-    def leave(self, word: bytes = _LEFT) -> None:
-        """Stops beating, with a last word that says why; never raises, because the store may be gone."""
+    def leave(self, word: bytes = _LEFT) -> bool:
+        """Stops beating, with a last word that says why; returns whether the store took it."""
         self._stop.set()
         self._thread.join(timeout=_LOOK_S)
         try:
             _in_time(lambda: self._say(word), _LOOK_S)
         except (RuntimeError, TimeoutError):
-            return
+            return False
+        return True
 
     def missing(self) -> list[int]:
         """Ranks that have stopped beating without a last word, as first found by any rank; takes some seconds.
@@ -102,16 +103,19 @@ class RankWatch:
     def explain(self, error: BaseException) -> str | None:
         """What to add to an error that ends this rank, None if no other rank has to do with it."""
         is_network_error = isinstance(error, RuntimeError) and _NETWORK_ERROR.search(str(error))
-        self.leave(_RAISED)
+        answers = self.leave(_RAISED)
         if not is_network_error:
             return None
+        no_answer = (
+            f"MiCS: the store of the job, on the node of rank 0 ({self._hosts[0]}), does not answer rank {self._rank}: "
+            "rank 0 or its launcher has died, or the network to it."
+        )
+        if not answers and not self._finding:
+            return no_answer
         try:
             missing = _in_time(self.missing, _ANSWER_S)
         except (RuntimeError, TimeoutError):
-            return (
-                f"MiCS: the store of the job, on the node of rank 0 ({self._hosts[0]}), does not answer rank "
-                f"{self._rank}: rank 0 or its launcher has died, or the network to it."
-            )
+            return no_answer
         if not missing:
             return None
         return (

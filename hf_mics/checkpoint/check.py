@@ -120,7 +120,12 @@ def newest(parent: Path, prefix: str) -> tuple[Path, str]:
     """
     found = find_checkpoints(parent, prefix)
     if not found.complete:
-        skipped = f" What is there:\n{found.describe_skipped()}" if found.skipped else ""
+        skipped = ""
+        if found.skipped:
+            skipped = (
+                f" What is there:\n{found.describe_skipped()}\nOne without a mark, as plain accelerate saves it, can "
+                "be resumed by its path."
+            )
         raise CheckpointError(f"no complete checkpoint {prefix}* in {parent}.{skipped}")
     return found.complete[-1], found.describe_skipped()
 

@@ -44,7 +44,13 @@ def _canonical(name: str) -> str:
 
 def model_note(model: nn.Module) -> ModelNote:
     """What the mark says about `model`."""
-    return ModelNote(class_name=class_name(model), tied=tied_names(model), scalars=sorted(scalar_names(model)))
+    inner: Any = plain(model)
+    return ModelNote(
+        class_name=class_name(model),
+        tied=tied_names(model),
+        scalars=sorted(scalar_names(model)),
+        adapter=str(inner.active_adapter) if is_peft_model(inner) else None,
+    )
 
 
 def optimizer_class(optimizer: Any) -> str:

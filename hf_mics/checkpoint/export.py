@@ -52,7 +52,7 @@ def export_checkpoint(
         checkpoint: a folder of `save_state`, of a Trainer, or of plain accelerate FSDP; sharded or full state.
         model_index: which model, where an Accelerator prepared several.
         max_shard_size: of a weight file, in bytes or as "5GB"; a file is put together in memory. Default: the largest
-            tensor, at least 32 MiB.
+            tensor, at least 32 MiB. Adapters are always one file, the only one that PEFT opens.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one without this model.
@@ -66,6 +66,11 @@ def export_checkpoint(
     described = {name: tensor for name, tensor in described.items() if not note or name not in note.tied}
     scalars = set(note.scalars) if note else set()
     is_adapter = (checkpoint / "adapter_config.json").is_file()
+    renamed = _adapter_names(checkpoint, described, (note and note.adapter) or "default") if is_adapter else {}
+    if is_adapter:
+        described = {name: described[name] for name in renamed}
+        # PEFT opens one file.
+        max_shard_size = max(1, sum(tensor.nbytes for tensor in described.values()))
     largest = max((tensor.nbytes for tensor in described.values()), default=0)
     split = split_torch_state_dict_into_shards(
         described,
@@ -77,6 +82,7 @@ def export_checkpoint(
     try:
         for file_name, names in split.filename_to_tensors.items():
             tensors = {name: t.reshape(()) if name in scalars else t for name, t in load(names).items()}
+            tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
             del tensors
         if split.is_sharded:
@@ -97,6 +103,36 @@ def export_checkpoint(
         files=len(split.filename_to_tensors),
         loads_with=loads_with,
     )
+
+
+def _adapter_names(checkpoint: Path, names: Iterable[str], adapter: str) -> dict[str, str]:
+    """The tensors of a PEFT adapter in a checkpoint, to the names under which PEFT stores them.
+
+    A Trainer saves those alone and so named; an Accelerate loop saves the whole model, the base's weights too.
+
+    Raises:
+        ConfigError: PEFT is not installed, which knows how the adapter's kind names its tensors.
+    """
+    names = list(names)
+    if not any(f".{adapter}." in f"{name}." for name in names):
+        return {name: name for name in names}
+    try:
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    except ImportError:
+        raise ConfigError(
+            f"{checkpoint} holds an adapter beside its base model, and only PEFT can tell them apart: install "
+            "hf-mics[peft]."
+        ) from None
+    kind = PeftType(json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"])
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[kind]
+    found = {}
+    for name in names:
+        if f".modules_to_save.{adapter}." in name:
+            found[name] = name.replace(f".modules_to_save.{adapter}.", ".")
+        elif prefix in name:
+            found[name] = f"{name}.".replace(f".{adapter}.", ".").removesuffix(".")
+    return found
 
 
 Load = Callable[[Iterable[str]], dict[str, torch.Tensor]]

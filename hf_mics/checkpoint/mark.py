@@ -29,11 +29,13 @@ class ModelNote:
         class_name: of the model before sharding.
         tied: names whose data is stored under another name, to that name.
         scalars: parameters that had no dimension before sharding gave them one.
+        adapter: name of the active PEFT adapter, None without PEFT.
     """
 
     class_name: str
     tied: dict[str, str]
     scalars: list[str]
+    adapter: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

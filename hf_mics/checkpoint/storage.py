@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from hf_mics._hf_compat import replaced_storage
+from hf_mics.errors import CheckpointError
 
 Piece = tuple[str, int]
 """Where a stored tensor (or a rank's part of one) is: file and offset. Tied names share one."""
@@ -232,5 +233,14 @@ def our_storage(tied: dict[str, str], node_size: int, device: torch.device) -> A
 
 
 def read_description(folder: Path) -> Any:
-    """The `Metadata` of a folder written by torch.distributed.checkpoint, without its tensors."""
-    return FileSystemReader(folder).read_metadata()
+    """The `Metadata` of a folder written by torch.distributed.checkpoint, without its tensors.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except Exception as error:  # it is a pickle, which raises anything once it is cut short
+        raise CheckpointError(
+            f"{folder}/.metadata is damaged: {type(error).__name__}: {error}. Resume from another checkpoint."
+        ) from error

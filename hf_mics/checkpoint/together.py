@@ -45,17 +45,20 @@ def main_decides(decide: Callable[[], T]) -> T:
     """What `decide()` returns on rank 0, on every rank; a collective.
 
     Raises:
-        CheckpointError: `decide()` raised an error of hf_mics or of the file system.
+        CheckpointError: `decide()` raised.
     """
     said: list[Any] = [None, None]
+    cause: BaseException | None = None
     if dist.get_rank() == 0:
         try:
             said[0] = decide()
         except (MiCSError, OSError) as error:
             said[1] = str(error)
+        except Exception as error:  # a mistake of this program's: the others wait for word all the same
+            said[1], cause = f"{type(error).__name__}: {error}", error
     dist.broadcast_object_list(said, src=0)
     if said[1] is not None:
-        raise CheckpointError(said[1])
+        raise CheckpointError(said[1]) from cause
     return said[0]
 
 

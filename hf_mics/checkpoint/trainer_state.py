@@ -18,7 +18,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as trainer_module
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_mics._hf_compat import CHECKPOINT_FUNCTIONS, run_checkpoint_functions_inside
 from hf_mics.checkpoint.check import check_folder, newest
@@ -198,6 +198,13 @@ class StopOnSigterm(TrainerCallback):
             self._stopping = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks for a checkpoint of the step after which this evaluation ran, not for another step."""
+        # A Trainer that keeps the best alone decides anew whether to save once this returns.
+        if args.save_strategy != SaveStrategy.BEST and self._request.agreed(self._device):
+            self._stopping = True
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the process: what a script does after train() is meant for a finished training."""

@@ -253,6 +253,13 @@ def resume_wrongly(folder: str) -> dict[str, str]:
     with pytest.raises(CheckpointError) as caught:
         prepare("gpt2", adam).load_state(str(damaged))
     said["unmarked"] = str(caught.value)
+    if dist.get_rank() == 0:
+        with (damaged / "pytorch_model_fsdp_0" / ".metadata").open("r+b") as file:
+            file.truncate(100)
+    dist.barrier()
+    with pytest.raises(CheckpointError) as caught:
+        prepare("gpt2", adam).load_state(str(damaged))
+    said["description"] = str(caught.value)
     return said
 
 
@@ -271,6 +278,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_the_same_clear_error_on_every_ra
     assert "got notes.txt" in said["other"]
     assert "no checkpoint at" in said["nowhere"]
     assert "optimizer_0/__1_0.distcp is missing" in said["unmarked"]
+    assert f"{tmp_path}/step_2/pytorch_model_fsdp_0/.metadata is damaged: " in said["description"]
 
 
 @pytest.mark.parametrize(("world", "batch", "expected"), [(2, 4, 6), (1, 8, 3), (2, 2, 12), (4, 4, 12)])

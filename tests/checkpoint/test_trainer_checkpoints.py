@@ -48,6 +48,14 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class KillInEvaluation(TrainerCallback):
+    """Sends SIGTERM to one rank while it evaluates."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def train_and_save(folder: str) -> dict[str, Any]:
     root, result = Path(folder), {}
     for form in ("sharded", "full"):
@@ -75,6 +83,10 @@ def train_and_save(folder: str) -> dict[str, Any]:
         stopped.train()
     assert signal.getsignal(signal.SIGTERM) is former
     result["stopped"] = {"code": caught.value.code, "losses": losses(stopped), "step": stopped.state.global_step}
+    evaluating = make_trainer(root / "evaluating", callbacks=[KillInEvaluation()], save_strategy="no", **EVALUATION)
+    with pytest.raises(SystemExit):
+        evaluating.train()
+    result["evaluating"] = evaluating.state.global_step, sorted(path.name for path in (root / "evaluating").iterdir())
     return result
 
 
@@ -195,10 +207,15 @@ def test_sigterm_on_one_rank_saves_at_the_end_of_the_step_on_all_and_exits_with_
     assert resumed["stopped"][5:] == saved["sharded"]["losses"][5:]
 
 
+def test_sigterm_during_an_evaluation_saves_at_its_end_and_takes_no_other_step(trained: Any) -> None:
+    assert trained[1]["evaluating"] == (4, ["checkpoint-4"])
+
+
 def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
     said = trained[2]["refused"]
     assert "no complete checkpoint checkpoint-*" in said["empty"]
     assert "it has no completion mark" in said["empty"]
+    assert "can be resumed by its path" in said["empty"]
     assert "is empty" in said["empty path"]
     assert "no checkpoint at" in said["nowhere"]
     assert "optimizer_0/__2_0.distcp is missing" in said["missing"]
