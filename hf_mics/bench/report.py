@@ -163,7 +163,8 @@ def _weak_scaling(report: Report) -> None:
             "the first is measured, so that what grows is communication and not the load. Copies do not run in step, "
             "though: while one waits for its NICs, another has the CPUs for its hop 1. In one cluster of 16 ranks all "
             "run hop 1 at once, which is probably why it takes longer there: on nodes of 2 it sends no byte between "
-            "nodes. On nodes of 1 rank it goes over the NICs and takes what they take.",
+            "nodes. On nodes of 1 rank it goes over the NICs; the last all-reduces share them with it, so that a rank "
+            "that waits for hop 1 waits for bytes of hop 2 as well, and the two are told apart by their bytes.",
             "\n".join(claims.weak_scaling(runs)),
             tables.weak_scaling(runs),
         )
