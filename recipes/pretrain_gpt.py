@@ -42,7 +42,7 @@ class PretrainArguments(BlockArguments):
     output_dir: str = field(default="runs/gpt", metadata={"help": "Model, tokenizer, plot, logs and checkpoints."})
     preset: str = field(default="gpt-tiny", metadata={"help": "A named model shape, see hf_mics/presets.py."})
     max_steps: int = field(default=300, metadata={"help": "Optimizer steps, those of a resumed run included."})
-    per_device_batch_size: int = field(default=4, metadata={"help": "Sequences per micro-step."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Sequences per micro-step."})
     gradient_accumulation_steps: int = field(default=2, metadata={"help": "Micro-steps per optimizer step."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak; default: the preset's, or 3e-4."})
     warmup_steps: int = field(default=20, metadata={"help": "Optimizer steps of linear warm-up before the cosine."})
@@ -74,7 +74,7 @@ def evaluate(accelerator: MiCSAccelerator, model, loader: DataLoader, metric) ->
 
 def make_loaders(args: PretrainArguments, blocks: Blocks) -> tuple[DataLoader, DataLoader]:
     """Returns the training and the validation loader."""
-    make_loader = partial(DataLoader, batch_size=args.per_device_batch_size, collate_fn=default_data_collator)
+    make_loader = partial(DataLoader, batch_size=args.per_device_train_batch_size, collate_fn=default_data_collator)
     # Its own generator: else iterating draws from the one that dropout uses, and a resumed run differs.
     order = (
         {} if isinstance(blocks.train, datasets.IterableDataset) else {"shuffle": True, "generator": torch.Generator()}
@@ -112,7 +112,7 @@ def save(accelerator: MiCSAccelerator, model, tokenizer, progress: Progress, out
 
 def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: Progress, args: PretrainArguments):
     """Trains; yields the micro-steps' losses and the gradient norm after each optimizer step, until `max_steps`."""
-    sequences_per_micro_step = args.per_device_batch_size * accelerator.num_processes
+    sequences_per_micro_step = args.per_device_train_batch_size * accelerator.num_processes
     losses: list[torch.Tensor] = []
     watch = LossWatch(accelerator)
     while True:
@@ -189,7 +189,7 @@ def main() -> None:
     accelerator.init_trackers("logs", {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()})
 
     metric = load_metric("perplexity") if accelerator.is_main_process else None
-    micro_step_tokens = args.per_device_batch_size * blocks.block_size * accelerator.num_processes
+    micro_step_tokens = args.per_device_train_batch_size * blocks.block_size * accelerator.num_processes
     bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     losses, started_s = [], time.perf_counter()
     model.train()

@@ -37,7 +37,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     train.write_text(letters[: BLOCK_TOKENS * NUM_BLOCKS - 1])  # one token a letter, and the end of text
     validation.write_text(letters[::-1][: BLOCK_TOKENS * 5 - 1])
     flags = ["--model_config", folder, "--train_file", train, "--validation_file", validation, "--vocab_size", 257]
-    return [*flags, "--per_device_batch_size", 1, "--warmup_steps", 2, "--eval_steps", 5, "--logging_steps", 1]
+    return [*flags, "--per_device_train_batch_size", 1, "--warmup_steps", 2, "--eval_steps", 5, "--logging_steps", 1]
 
 
 def logged(output_dir: Path, tag: str) -> list[float]:
