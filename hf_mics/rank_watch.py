@@ -173,7 +173,9 @@ class RankWatch:
     def _words(self, ranks: Sequence[int] | None = None) -> dict[int, bytes]:
         everyone = [rank for rank in range(len(self._hosts)) if rank != self._rank] if ranks is None else ranks
         # get() on a key that is not there yet would block.
-        known = [rank for rank in everyone if self._store.check([f"beat/{rank}"])]
+        known = everyone
+        if not self._store.check([f"beat/{rank}" for rank in everyone]):
+            known = [rank for rank in everyone if self._store.check([f"beat/{rank}"])]
         return dict(zip(known, self._store.multi_get([f"beat/{rank}" for rank in known]), strict=True)) if known else {}
 
 

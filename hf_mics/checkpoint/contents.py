@@ -44,13 +44,35 @@ def _canonical(name: str) -> str:
 
 def model_note(model: nn.Module) -> ModelNote:
     """What the mark says about `model`."""
-    inner: Any = plain(model)
     return ModelNote(
         class_name=class_name(model),
         tied=tied_names(model),
         scalars=sorted(scalar_names(model)),
-        adapter=str(inner.active_adapter) if is_peft_model(inner) else None,
+        adapter=_adapter_names(model) if is_peft_model(plain(model)) else None,
     )
+
+
+def _adapter_names(model: nn.Module) -> dict[str, str]:
+    """Names of the active adapter's tensors in the state dict, to those under which PEFT stores them.
+
+    PEFT alone knows which they are, by the adapter's kind and settings: it is given names for tensors.
+    """
+    from peft import get_peft_model_state_dict
+
+    inner: Any = plain(model)
+    if inner.active_peft_config.is_prompt_learning:
+        return {}  # PEFT would compute what it stores, from parameters that are sharded
+    names = [_canonical(name) for name, _ in chain(model.named_parameters(), model.named_buffers())]
+    try:
+        stored = get_peft_model_state_dict(
+            inner,
+            state_dict={name: name for name in names},
+            adapter_name=str(inner.active_adapter),
+            save_embedding_layers=False,
+        )
+    except (AttributeError, TypeError):
+        return {}  # a kind that reshapes its tensors, as AdaLoRA with ranks of its own
+    return {name: new for new, name in stored.items()}
 
 
 def optimizer_class(optimizer: Any) -> str:

@@ -52,11 +52,11 @@ def export_checkpoint(
         checkpoint: a folder of `save_state`, of a Trainer, or of plain accelerate FSDP; sharded or full state.
         model_index: which model, where an Accelerator prepared several.
         max_shard_size: of a weight file, in bytes or as "5GB"; a file is put together in memory. Default: the largest
-            tensor, at least 32 MiB. Adapters are always one file, the only one that PEFT opens.
+            tensor, at least 32 MiB. Not of an adapter, which is one file.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one without this model.
-        ConfigError: `out` is there already.
+        ConfigError: `out` is there already, or `max_shard_size` is given for an adapter.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; expected a new or empty folder. Choose another, or remove it.")
@@ -65,11 +65,13 @@ def export_checkpoint(
     note = mark.models[model_index] if mark and model_index < len(mark.models) else None
     described = {name: tensor for name, tensor in described.items() if not note or name not in note.tied}
     scalars = set(note.scalars) if note else set()
-    is_adapter = (checkpoint / "adapter_config.json").is_file()
-    renamed = _adapter_names(checkpoint, described, (note and note.adapter) or "default") if is_adapter else {}
+    is_adapter = note.adapter is not None if note else (checkpoint / "adapter_config.json").is_file()
+    renamed: dict[str, str] = {}
     if is_adapter:
+        if max_shard_size is not None:
+            raise ConfigError("an adapter is one file, the only one that PEFT opens: leave out --max-shard-size.")
+        renamed = _adapter_names(checkpoint, described, note.adapter if note else None)
         described = {name: described[name] for name in renamed}
-        # PEFT opens one file.
         max_shard_size = max(1, sum(tensor.nbytes for tensor in described.values()))
     largest = max((tensor.nbytes for tensor in described.values()), default=0)
     split = split_torch_state_dict_into_shards(
@@ -105,34 +107,26 @@ def export_checkpoint(
     )
 
 
-def _adapter_names(checkpoint: Path, names: Iterable[str], adapter: str) -> dict[str, str]:
-    """The tensors of a PEFT adapter in a checkpoint, to the names under which PEFT stores them.
+def _adapter_names(checkpoint: Path, names: Iterable[str], stored: dict[str, str] | None) -> dict[str, str]:
+    """The adapter's tensors in a checkpoint, to the names under which PEFT stores them.
 
     A Trainer saves those alone and so named; an Accelerate loop saves the whole model, the base's weights too.
 
+    Args:
+        stored: what the mark says of them.
+
     Raises:
-        ConfigError: PEFT is not installed, which knows how the adapter's kind names its tensors.
+        CheckpointError: base and adapter are there, and the mark does not tell them apart.
     """
     names = list(names)
-    if not any(f".{adapter}." in f"{name}." for name in names):
-        return {name: name for name in names}
-    try:
-        from peft import PeftType
-        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-    except ImportError:
-        raise ConfigError(
-            f"{checkpoint} holds an adapter beside its base model, and only PEFT can tell them apart: install "
-            "hf-mics[peft]."
-        ) from None
-    kind = PeftType(json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"])
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[kind]
-    found = {}
-    for name in names:
-        if f".modules_to_save.{adapter}." in name:
-            found[name] = name.replace(f".modules_to_save.{adapter}.", ".")
-        elif prefix in name:
-            found[name] = f"{name}.".replace(f".{adapter}.", ".").removesuffix(".")
-    return found
+    if stored and not set(names) <= set(stored.values()):
+        return stored
+    if not stored and any(".base_layer." in name or name.startswith("prompt_encoder.") for name in names):
+        raise CheckpointError(
+            f"{checkpoint} holds an adapter beside its base model, and nothing in it tells them apart: load it in the "
+            "loop that saved it, and call the PEFT model's save_pretrained."
+        )
+    return {name: name for name in names}
 
 
 Load = Callable[[Iterable[str]], dict[str, torch.Tensor]]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from hf_mics.errors import CheckpointError
 
 MARK_NAME = "mics_checkpoint.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 StateFormat = Literal["sharded", "full"]
 
@@ -29,13 +29,14 @@ class ModelNote:
         class_name: of the model before sharding.
         tied: names whose data is stored under another name, to that name.
         scalars: parameters that had no dimension before sharding gave them one.
-        adapter: name of the active PEFT adapter, None without PEFT.
+        adapter: names of the active PEFT adapter's tensors, to the names under which PEFT stores them; empty where PEFT
+            cannot say, None without PEFT.
     """
 
     class_name: str
     tied: dict[str, str]
     scalars: list[str]
-    adapter: str | None
+    adapter: dict[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +99,16 @@ def read_mark(folder: Path) -> Mark | None:
     """Returns the mark of `folder`, None if it has none.
 
     Raises:
-        CheckpointError: the mark cannot be read, or is of a later version than this hf_mics knows.
+        CheckpointError: the mark cannot be read, or is of another version than this hf_mics knows.
     """
     path = folder / MARK_NAME
     try:
         said: dict[str, Any] = json.loads(path.read_text())
         version = said["format_version"]
-        if version > FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder} is a checkpoint of format {version}; this hf_mics reads up to {FORMAT_VERSION}. Upgrade "
-                f"hf_mics (it was written by {said.get('versions')})."
+                f"{folder} is a checkpoint of format {version}; this hf_mics reads {FORMAT_VERSION}. Take the hf_mics "
+                f"that wrote it ({said.get('versions')})."
             )
         models = [ModelNote(**model) for model in said.pop("models")]
         optimizers = [OptimizerNote(**optimizer) for optimizer in said.pop("optimizers")]

@@ -93,27 +93,38 @@ def around_checkpoint_function(
     folder = Path(options["input_dir"] if "input_dir" in options else rest[1 if is_model else 2]) if is_load else None
     doing = "could not load" if is_load else "could not save"
 
-    def run() -> Any:
+    partial: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if folder and not is_model:
         index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)
-        partial = _without_stateless(folder, index, model, rest[0]) if folder and not is_model else None
-        with partial or contextlib.nullcontext():
-            return original(plugin, accelerator, *rest, **options)
+        partial = _without_stateless(main_decides(lambda: _stateless(folder, index)), model, rest[0])
+    with storage_for(accelerator, model), in_format_of(plugin, folder) if folder else contextlib.nullcontext(), partial:
+        return together(
+            f"{doing} {'model' if is_model else 'optimizer'} state",
+            lambda: original(plugin, accelerator, *rest, **options),
+        )
 
-    with storage_for(accelerator, model), in_format_of(plugin, folder) if folder else contextlib.nullcontext():
-        return together(f"{doing} {'model' if is_model else 'optimizer'} state", run)
+
+def _stateless(folder: Path, index: int) -> list[str]:
+    mark = read_mark(folder)
+    return mark.optimizers[index].without_state if mark and index < len(mark.optimizers) else []
 
 
 @contextlib.contextmanager
-def _without_stateless(folder: Path, index: int, model: nn.Module, optimizer: Any) -> Iterator[None]:
+def _without_stateless(names: list[str], model: nn.Module, optimizer: Any) -> Iterator[None]:
     """Inside, the parameters of which `optimizer` had no state when it was saved count as frozen; they end without any.
 
-    torch makes state for every trained parameter before it loads, and would not find theirs. Theirs must not stay made
-    either: it would count steps that there have not been.
+    Before it loads, torch gives an optimizer without any state some for every trained parameter, and would not find
+    theirs; nor must made state stay, which would count steps that there have not been. An optimizer with state for some
+    it takes as it is, and would not find a place for the others' state: such a one starts from none.
+
+    Args:
+        names: of those parameters.
     """
-    mark = read_mark(folder)
-    names = mark.optimizers[index].without_state if mark else []
     trained = trained_parameters(model, optimizer)
-    frozen = [trained[name] for name in names]
+    frozen = [param for name, param in trained.items() if name in names]
+    if any(not optimizer.state.get(param) for name, param in trained.items() if name not in names):
+        optimizer.zero_grad()
+        optimizer.state.clear()
     for param in frozen:
         optimizer.state.pop(param, None)
         param.requires_grad_(False)

@@ -151,8 +151,8 @@ class NodeReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills this rank's tensors.
 
-        In every round a rank reads its piece, then sends it and receives the others' at once: all read at the same
-        time, and a rank holds at most one piece of each rank of its node. A rank that could not read goes on to the
+        In every round all ranks of a node read at the same time, one piece each; then the pieces change hands one after
+        the other, so that a rank holds its own and one that it has received. A rank that could not read goes on to the
         end, so that none waits for its messages in vain.
         """
         requests: dict[Piece, list[ReadItem]] = defaultdict(list)
@@ -160,41 +160,45 @@ class NodeReader(FileSystemReader):
             requests[self._piece(item.storage_index)].append(item)
         failures: list[Exception] = []
         for shares in plan.storage_data:
-            # The byte after a piece says whether it was read: who only receives has nothing to report.
-            contents = {share.piece: torch.zeros(self._lengths[share.piece] + 1, dtype=torch.uint8) for share in shares}
-            try:
-                for share in shares:
-                    if share.reader == dist.get_rank():
-                        self.read_piece(share.piece, contents[share.piece][:-1])
-                        contents[share.piece][-1] = 1
-            except Exception as error:  # raised below, once this rank owes no other anything
-                failures.append(error)
-            self._hand_on(shares, contents)
-            try:
-                for piece, content in contents.items():
-                    for request in requests[piece] if content[-1] else ():
+            mine = self._read(shares, failures)
+            for share in shares:
+                content = self._hand_on(share, mine)
+                try:
+                    for request in requests[share.piece] if content[-1] else ():
                         _fill(request, content[:-1], planner)
-            except Exception as error:
-                failures.append(error)
+                except Exception as error:
+                    failures.append(error)
         if failures:
             raise failures[0]
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _hand_on(self, shares: list[Share], contents: dict[Piece, torch.Tensor]) -> None:
-        """Puts into `contents` what other ranks have read, and sends them what this rank has."""
-        messages = {share: contents[share.piece].to(self._device) for share in shares if share.others}
-        transfers: list[dist.P2POp] = []
-        for share, message in messages.items():
+    def _read(self, shares: list[Share], failures: list[Exception]) -> torch.Tensor:
+        """This rank's piece of a round, and a byte that says whether it was read: who only receives cannot tell."""
+        for share in shares:
             if share.reader == dist.get_rank():
-                transfers += [dist.P2POp(dist.isend, message, other) for other in share.others]
-            else:
-                transfers.append(dist.P2POp(dist.irecv, message, share.reader))
-        # One batch: NCCL sends and receives one after the other, and two ranks that both send first would wait forever.
+                content = torch.zeros(self._lengths[share.piece] + 1, dtype=torch.uint8)
+                try:
+                    self.read_piece(share.piece, content[:-1])
+                    content[-1] = 1
+                except Exception as error:  # raised once this rank owes no other anything
+                    failures.append(error)
+                return content
+        return torch.empty(0, dtype=torch.uint8)
+
+    def _hand_on(self, share: Share, mine: torch.Tensor) -> torch.Tensor:
+        """Sends what this rank has read to the others that need it, or receives what another has; returns it."""
+        if share.reader != dist.get_rank():
+            message = torch.empty(self._lengths[share.piece] + 1, dtype=torch.uint8, device=self._device)
+            transfers = [dist.P2POp(dist.irecv, message, share.reader)]
+        else:
+            message = mine.to(self._device) if share.others else mine
+            transfers = [dist.P2POp(dist.isend, message, other) for other in share.others]
+        # In a batch, which NCCL sends over the group's own connections instead of making some for every pair of ranks.
         for work in dist.batch_isend_irecv(transfers) if transfers else ():
             work.wait()
-        contents.update({share.piece: message.cpu() for share, message in messages.items()})
+        return mine if share.reader == dist.get_rank() else message.cpu()
 
     def read_piece(self, piece: Piece, content: torch.Tensor) -> None:
         """Reads a stored piece from disk into `content`, its bytes."""

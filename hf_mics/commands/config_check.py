@@ -145,12 +145,11 @@ def _fsdp(fsdp: Mapping[str, Any]) -> Iterator[str]:
         fsdp.get("fsdp_activation_checkpointing", False)
     ):
         yield "fsdp_config: fsdp_activation_checkpointing_offload needs fsdp_activation_checkpointing: true"
-    if _is_true(fsdp.get("fsdp_cpu_ram_efficient_loading", False)) and not _is_true(
-        fsdp.get("fsdp_sync_module_states", True)
-    ):
+    # Both are true by default, and taken as Python takes them: a quoted "false" is true.
+    if fsdp.get("fsdp_cpu_ram_efficient_loading", True) and not fsdp.get("fsdp_sync_module_states", True):
         yield (
-            "fsdp_config: accelerate refuses fsdp_cpu_ram_efficient_loading with fsdp_sync_module_states false: leave "
-            "the latter out"
+            "fsdp_config: accelerate refuses fsdp_sync_module_states false with fsdp_cpu_ram_efficient_loading, which "
+            "is true unless it is set: leave fsdp_sync_module_states out"
         )
     policy = str(fsdp.get("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"))
     if policy not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"):

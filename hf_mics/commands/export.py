@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-index", type=int, default=0, help="which model, where several were prepared")
     parser.add_argument(
         "--max-shard-size",
-        help="of a weight file, as 5GB; each is put together in memory (default: the largest tensor, at least 32 MiB)",
+        help="of a weight file, as 5GB; each is put together in memory (default: the largest tensor, at least 32 MiB; "
+        "adapters are one file)",
     )
 
 

@@ -68,7 +68,7 @@ def paper_points(name: str) -> list[ScalePoint]:
             world_sizes=sizes_between(*_SIZES[name]),
             partition_size=setting.partition_size,
             **how,
-        )
+        ).points
         for system, how in (
             (systems[0], {}),
             (systems[1], {"implementation": DEEPSPEED_OVERLAPPED}),

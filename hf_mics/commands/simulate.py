@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
 from hf_mics.commands.paper_figures import paper_report
@@ -14,7 +14,7 @@ from hf_mics.commands.scaling_report import ScalingReport, scaling_table
 from hf_mics.commands.workload_options import add_workload_arguments, given_or, workload_from_options
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
-from hf_mics.planning.scaling import ScalePoint, Scaling, left_out, simulate, sizes_between, smallest_partition
+from hf_mics.planning.scaling import ScalePoint, Scaling, simulate, sizes_between, smallest_partition
 from hf_mics.planning.scaling_plots import Panel
 from hf_mics.planning.timing import System, time_notes
 from hf_mics.planning.workload import Workload
@@ -90,16 +90,17 @@ def _report(options: argparse.Namespace) -> ScalingReport:
     pictures = {}
     for scaling in scalings:
         workload = _workload(options, scaling, sizes)
-        asked: Any = {
-            "scaling": scaling,
-            "systems": systems,
-            "world_sizes": sizes,
-            "partition_size": partition_size,
-        }
-        found = simulate(workload, cluster, **asked)
-        points += found
-        omitted += [f"{scaling} scaling, {line}" for line in left_out(workload, cluster, **asked)]
-        pictures[f"{scaling}_scaling"] = [_panel(scaling, workload, cluster, found)]
+        found = simulate(
+            workload,
+            cluster,
+            scaling=scaling,
+            systems=systems,
+            world_sizes=sizes,
+            partition_size=partition_size,
+        )
+        points += found.points
+        omitted += [f"{scaling} scaling, {line}" for line in found.left_out]
+        pictures[f"{scaling}_scaling"] = [_panel(scaling, workload, cluster, found.points)]
     assumed = [*cluster.assumptions(), *time_notes(workload, cluster)]
     record = {
         "model": {"name": workload.model.name, "parameters": workload.model.num_parameters},

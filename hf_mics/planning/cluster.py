@@ -85,7 +85,8 @@ class Accelerator:
     Args:
         name: for example A100-40GB.
         memory_bytes: of the device.
-        peak_flops_per_s: dense peak at the precision of training; on CPUs the best matrix product that was measured.
+        peak_flops_per_s: dense peak at the precision of training; of measured GPUs the 16-bit one, of CPUs the best
+            matrix product that was measured.
 
     Raises:
         ConfigError: a size that is not positive.

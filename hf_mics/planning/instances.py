@@ -1,6 +1,6 @@
 """Which clusters can be had by name, and how is any other described by its rates?
 
-Data sheets: GPUs per node, device memory, dense bf16 peak, NVLink bytes per second per GPU and NIC bits per second per
+Data sheets: GPUs per node, device memory, dense peaks, NVLink bytes per second per GPU and NIC bits per second per
 node, each link per direction. What part of them a collective reaches is an assumption until `hf-mics measure` has run.
 """
 

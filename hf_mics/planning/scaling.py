@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hf_mics.errors import ConfigError, MiCSError, TopologyError
 from hf_mics.planning.cluster import Cluster, Range
@@ -56,6 +56,13 @@ class ScalePoint:
         }
 
 
+class Simulated(NamedTuple):
+    """What was predicted, and what was left out and why, a line for each system and reason."""
+
+    points: list[ScalePoint]
+    left_out: list[str]
+
+
 def sizes_between(smallest: int, largest: int) -> list[int]:
     """`smallest`, twice that, and so on up to `largest`.
 
@@ -79,7 +86,7 @@ def simulate(
     world_sizes: Sequence[int],
     partition_size: int,
     implementation: Implementation = FSDP2,
-) -> list[ScalePoint]:
+) -> Simulated:
     """Every system at every size, in that order.
 
     Left out are sizes at which a system does not fit into memory, sizes smaller than a partition group for the systems
@@ -91,6 +98,7 @@ def simulate(
         ConfigError: no system that has partition groups, or none at all if there is no such, fits at any size.
     """
     points = []
+    omitted: dict[tuple[System, str], list[int]] = {}
     asked = set(PARTITIONED) & set(systems) or set(systems)
     refused: MiCSError | None = None
     for system in systems:
@@ -100,6 +108,7 @@ def simulate(
                 run, p = _at_size(workload, sized, scaling, system, world_sizes[0], partition_size)
             except (TopologyError, ConfigError) as error:
                 refused = error if system in asked else refused
+                omitted.setdefault((system, str(error)), []).append(world_size)
                 continue
             step = predict(run, sized, system=system, partition_size=p, implementation=implementation)
             points.append(
@@ -114,27 +123,9 @@ def simulate(
             )
     if refused is not None and not asked & {point.system for point in points}:
         raise refused
-    return points
-
-
-def left_out(
-    workload: Workload,
-    cluster: Cluster,
-    *,
-    scaling: Scaling,
-    systems: Sequence[System],
-    world_sizes: Sequence[int],
-    partition_size: int,
-) -> list[str]:
-    """What `simulate` leaves out and why, a line for each system and reason."""
-    sizes: dict[tuple[System, str], list[int]] = {}
-    for system in systems:
-        for world_size in world_sizes:
-            try:
-                _at_size(workload, cluster.with_world_size(world_size), scaling, system, world_sizes[0], partition_size)
-            except (TopologyError, ConfigError) as error:
-                sizes.setdefault((system, str(error)), []).append(world_size)
-    return [f"{system} on {', '.join(map(str, found))} GPUs: {reason}" for (system, reason), found in sizes.items()]
+    return Simulated(
+        points, [f"{system} on {', '.join(map(str, found))} GPUs: {why}" for (system, why), found in omitted.items()]
+    )
 
 
 def _at_size(
@@ -149,7 +140,7 @@ def _at_size(
     world_size = cluster.world_size
     p = {"ddp": 1}.get(system, partition_size if system in PARTITIONED else world_size)
     if p > world_size:
-        raise ConfigError(f"fewer than a partition group of {p}.")
+        raise ConfigError(f"a partition group of {p} is more than all GPUs.")
     accumulation = _accumulation(workload, scaling, smallest, world_size)
     if not accumulation:
         raise ConfigError(

@@ -312,7 +312,10 @@ def time_notes(workload: Workload, cluster: Cluster) -> Iterator[str]:
     elif cluster.update_bytes_per_s is None:
         yield "the optimizer's own time is left out: the memory bandwidth is not known"
     if workload.precision == "fp32" and cluster.backend == "nccl":
-        yield "fp32: the part of the peak that is reached is the one of 16-bit matrix products; no TF32"
+        if cluster.collectives:
+            yield "fp32: GPUs were measured in bf16, so computing takes several times longer than predicted"
+        else:
+            yield "fp32: the part of the peak that is reached is the one of 16-bit matrix products; no TF32"
 
 
 def _between(a: float, b: float) -> Range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 
 from hf_mics.checkpoint import folder as folders
 from hf_mics.checkpoint.folder import commit, find_checkpoints, rotate, staging_folder, start_saving
-from hf_mics.checkpoint.mark import MARK_NAME, Mark, read_mark
+from hf_mics.checkpoint.mark import FORMAT_VERSION, MARK_NAME, Mark, read_mark
+from hf_mics.errors import CheckpointError
 
 
 def make_mark(files: dict[str, int], saved_at_s: float = 0.0) -> Mark:
     return Mark(
-        format_version=1, state_format="sharded", world_size=4, node_size=4, partition_size=2, models=[], optimizers=[],
-        batch_sizes=[], files=files, versions={}, saved_at_s=saved_at_s,
+        format_version=FORMAT_VERSION, state_format="sharded", world_size=4, node_size=4, partition_size=2, models=[],
+        optimizers=[], batch_sizes=[], files=files, versions={}, saved_at_s=saved_at_s,
     )  # fmt: skip
 
 
@@ -128,3 +130,10 @@ def test_rotation_keeps_the_newest_complete_and_the_best_whatever_else_lies_ther
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_5", "step_9"]
     rotate(tmp_path, "step_", None)
     assert state(tmp_path / "step_5") == "5"
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_a_mark_of_another_version_is_no_damage_and_says_which_hf_mics_wrote_it(tmp_path: Path, version: int) -> None:
+    (tmp_path / MARK_NAME).write_text(json.dumps({"format_version": version, "versions": {"torch": "2.11.0"}}))
+    with pytest.raises(CheckpointError, match=f"of format {version}; this hf_mics reads {FORMAT_VERSION}.*2.11.0"):
+        read_mark(tmp_path)

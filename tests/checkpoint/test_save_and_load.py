@@ -176,6 +176,25 @@ def test_each_byte_is_written_once_spread_over_replicas_and_read_once_per_node(t
         assert set(reads) == pieces
 
 
+def test_the_ranks_of_a_node_read_different_pieces_at_the_same_time() -> None:
+    lengths = {("file", offset): 100 - offset for offset in range(9)}
+    reader = NodeReader.__new__(NodeReader)
+    reader.__dict__["_lengths"] = lengths
+    shared, own = [("file", offset) for offset in range(8)], ("file", 8)
+    rounds = reader._rounds({4: shared, 5: [*shared, own], 6: shared, 7: shared})
+    assert sorted(share.piece for shares in rounds for share in shares) == sorted(lengths)
+    assert [sorted(share.reader for share in shares) for shares in rounds[:2]] == [[4, 5, 6, 7]] * 2
+    for shares in rounds:
+        for share in shares:
+            needing = {5} if share.piece == own else {4, 5, 6, 7}
+            assert {share.reader, *share.others} == needing
+    load = {
+        rank: sum(lengths[s.piece] for shares in rounds for s in shares if s.reader == rank) for rank in range(4, 8)
+    }
+    # Nine pieces of 92 to 100 bytes for four ranks.
+    assert max(load.values()) <= 100 + min(load.values())
+
+
 def load_from_a_bad_disk(folder: str) -> str:
     """What this rank says when rank 3 cannot read one of the pieces that it reads for others too."""
     accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2))

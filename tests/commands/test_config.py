@@ -160,8 +160,8 @@ def sizes(**values: Any) -> dict[str, Any]:
             "fsdp_activation_checkpointing_offload needs fsdp_activation_checkpointing: true",
         ),
         (
-            changed("fsdp_config", fsdp_cpu_ram_efficient_loading=True, fsdp_sync_module_states=False),
-            "accelerate refuses fsdp_cpu_ram_efficient_loading with fsdp_sync_module_states false",
+            changed("fsdp_config", fsdp_sync_module_states=False),
+            "accelerate refuses fsdp_sync_module_states false with fsdp_cpu_ram_efficient_loading",
         ),
         (changed(None, machine_rank=5), "machine_rank must be 0 to 1 with num_machines 2, got 5"),
         (changed(None, gpu_ids="0,1"), "gpu_ids names 2 GPUs, and num_processes over num_machines puts 8 ranks"),
