@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,10 @@ def _sharded(folder: Path) -> tuple[dict[str, torch.Tensor], Load]:
 
     def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {name: torch.empty_like(described[name], device="cpu") for name in names}
-        dcp.load({prefix[:-1]: tensors}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        with warnings.catch_warnings():
+            # It says that there is a single process, which `no_dist` has just told it.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load({prefix[:-1]: tensors}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
         return tensors
 
     return described, load
