@@ -107,7 +107,8 @@ def _introduction(report: Report) -> list[str]:
         "NIC shaped both ways; ranks of one node talk over the node's unshaped loopback. All nodes share this one "
         "machine's CPUs, so computing is slow and the same for all, and what differs is communication. The "
         "collectives are gloo's. Neither says what GPUs and NCCL do; bytes and counts carry over, seconds do not.",
-        "Regenerate: `scripts/bench setup`, then the commands below, then `scripts/report`. Models have 10.6 M "
+        "Regenerate: `scripts/bench setup`, then the commands below, then `scripts/report`. A run whose record is in "
+        "`results/` is repeated with `--again` alone. Models have 10.6 M "
         "(GPT-2-like) and 10.8 M (BERT-like) parameters in fp32, AdamW, one sequence of 32 tokens per rank and "
         "micro-step: little computing for many parameters, as in large models on few tokens per GPU.",
         "```\n" + "\n".join(commands) + "\n```",
