@@ -267,7 +267,7 @@ def _run_steps(model: nn.Module, workload: Workload) -> Phases:
         for micro_steps in (1, min(workload.accumulation, 2)):
             tracker.phases.clear()
             for micro_step in range(micro_steps):
-                model.set_requires_all_reduce(micro_step == micro_steps - 1)  # type: ignore[operator]
+                cast(FSDPModule, model).set_requires_all_reduce(micro_step == micro_steps - 1)
                 tracker.reset_mod_stats()
                 tracker.phase = "before the layers"
                 loss = model(input_ids=ids, labels=ids).loss

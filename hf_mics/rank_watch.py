@@ -183,7 +183,8 @@ def _in_time(ask: Callable[[], T], limit_s: float) -> T:
     """What `ask()` returns or raises; TimeoutError after `limit_s` seconds.
 
     A TCPStore whose host lost its power or network answers neither with a value nor with an error, for a quarter of an
-    hour (net.ipv4.tcp_retries2), and holds up every other thread that asks.
+    hour (net.ipv4.tcp_retries2), and holds up every other thread that asks. Not in a pool, whose threads Python waits
+    for when it ends.
     """
     answer: Future[T] = Future()
 

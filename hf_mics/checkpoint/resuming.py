@@ -92,7 +92,6 @@ def around_checkpoint_function(
     model = rest[0] if is_model else rest[1]
     folder = Path(options["input_dir"] if "input_dir" in options else rest[1 if is_model else 2]) if is_load else None
     doing = "could not load" if is_load else "could not save"
-
     partial: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if folder and not is_model:
         index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)

@@ -166,7 +166,7 @@ class NodeReader(FileSystemReader):
                 try:
                     for request in requests[share.piece] if content[-1] else ():
                         _fill(request, content[:-1], planner)
-                except Exception as error:
+                except Exception as error:  # damaged bytes raise anything; the others' messages go on
                     failures.append(error)
         if failures:
             raise failures[0]
@@ -205,12 +205,12 @@ class NodeReader(FileSystemReader):
         name, offset = piece
         with (Path(self.path) / name).open("rb") as file:
             file.seek(offset)
-            if file.readinto(content.numpy()) < len(content):  # type: ignore[arg-type]
+            if file.readinto(content.numpy().data) < len(content):
                 raise OSError(f"{name} ends before the piece at {offset}, of {len(content)} bytes")
 
 
 def _fill(request: ReadItem, content: torch.Tensor, planner: LoadPlanner) -> None:
-    data = io.BytesIO(content.numpy())  # type: ignore[arg-type]
+    data = io.BytesIO(content.numpy().data)
     if request.type == LoadItemType.BYTE_IO:
         planner.load_bytes(request, data)
         return

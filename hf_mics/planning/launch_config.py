@@ -37,7 +37,7 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "partition_size"):
             require_count(name, getattr(self, name))
-        self.topology  # noqa: B018  raises when the sizes form no groups
+        _ = self.topology  # raises when the sizes form no groups
 
     @property
     def topology(self) -> Topology:
