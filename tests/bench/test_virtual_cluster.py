@@ -61,19 +61,22 @@ print(total, time.monotonic() - begin, flush=True)
 """
 
 
-def machine() -> tuple[str, str, str, set[str]]:
-    """Everything that a cluster might touch: interfaces, addresses, routes, namespaces."""
+def machine(name: str) -> tuple[str, str, str, set[str]]:
+    """Everything that the cluster `name` might touch: interfaces, addresses, routes, namespaces of its name."""
     shown = [subprocess.check_output(["ip", *words], text=True) for words in (["link"], ["address"], ["route"])]
-    return *shown, namespaces.existing()
+    # Not all namespaces: somebody may have a cluster of their own coming up or going down beside the tests.
+    return *shown, {namespace for namespace in namespaces.existing() if namespace.startswith(name)}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[VirtualCluster]:
-    before = machine()
-    with VirtualCluster(2, 40, name=f"test{os.getpid()}") as up:
-        assert machine()[:3] == before[:3]
+    name = f"test{os.getpid()}"
+    before = machine(name)
+    with VirtualCluster(2, 40, name=name) as up:
+        *outside, inside = machine(name)
+        assert (tuple(outside), len(inside)) == (before[:3], 3)  # two nodes and the switch between them
         yield up
-    assert machine() == before
+    assert machine(name) == before
     assert cluster_state.read(up.name) is None
 
 
@@ -264,7 +267,8 @@ def script(*words: str) -> subprocess.CompletedProcess[str]:
 @needs_root
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_its_owner_is_interrupted_or_killed(how: signal.Signals):
-    before, name = machine(), f"own{how.value}x{os.getpid()}"
+    name = f"own{how.value}x{os.getpid()}"
+    before = machine(name)
     process, guard = owner(name)
     try:
         assert cluster_state.read(name) is not None
@@ -279,12 +283,13 @@ def test_nothing_is_left_when_its_owner_is_interrupted_or_killed(how: signal.Sig
         finally:
             process.kill()
     wait_until(lambda: cluster_state.read(name) is None and is_dead(guard))
-    assert machine() == before
+    assert machine(name) == before
 
 
 @needs_root
 def test_a_cluster_left_over_from_a_crash_is_found_and_removed_on_request():
-    before, name = machine(), f"crash{os.getpid()}"
+    name = f"crash{os.getpid()}"
+    before = machine(name)
     process, guard = owner(name)
     os.kill(guard, signal.SIGKILL)  # a crash that takes the guard with it
     process.kill()
@@ -296,7 +301,7 @@ def test_a_cluster_left_over_from_a_crash_is_found_and_removed_on_request():
     assert "left over" in script("status").stdout
     done = script("down", "--name", name)
     assert (done.returncode, done.stdout) == (0, f"{name}: 2 nodes removed (left over)\n")
-    assert machine() == before
+    assert machine(name) == before
 
 
 @pytest.mark.parametrize(
@@ -333,7 +338,8 @@ def test_the_script_hands_on_a_module_or_a_script_with_all_its_arguments(
 
 @needs_root
 def test_the_script_brings_up_runs_and_takes_down(tmp_path: Path):
-    before, name = machine(), f"cli{os.getpid()}"
+    name = f"cli{os.getpid()}"
+    before = machine(name)
     assert script("up", "--nodes", "2", "--rate-mbit", "50", "--name", name).returncode == 0
     try:
         shown = script("status").stdout
@@ -347,7 +353,7 @@ def test_the_script_brings_up_runs_and_takes_down(tmp_path: Path):
         assert "2 nodes of 3 ranks are 6 ranks" in wrong.stderr
     finally:
         assert script("down", "--name", name).returncode == 0
-    assert machine() == before
+    assert machine(name) == before
 
 
 @needs_root
@@ -366,10 +372,11 @@ def test_a_namespace_of_somebody_else_is_left_alone():
 @needs_root
 @pytest.mark.parametrize("rate_mbit", [1e12, 2e9])
 def test_a_rate_that_tc_does_not_take_is_refused_and_nothing_is_left(rate_mbit: float):
-    before = machine()
+    name = f"rate{os.getpid()}"
+    before = machine(name)
     with pytest.raises(ConfigError, match="rate of"):
-        VirtualCluster(1, rate_mbit, name=f"rate{os.getpid()}").up()
-    assert machine() == before
+        VirtualCluster(1, rate_mbit, name=name).up()
+    assert machine(name) == before
 
 
 @needs_root
