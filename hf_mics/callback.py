@@ -217,10 +217,24 @@ def _around_construction(trainer: Trainer, arguments: Mapping[str, Any]) -> Iter
     if ours:
         with ours[0]._constructing(trainer, arguments):
             yield
-        return
-    if not getattr(accelerator_class(), "knows_mics", False):
-        leave_mics_state()
-    yield
+    else:
+        is_ours = getattr(accelerator_class(), "knows_mics", False)
+        if not is_ours:
+            leave_mics_state()
+        yield
+        if not is_ours:
+            return
+    _refuse_data_parallel(trainer.args.n_gpu)
+
+
+def _refuse_data_parallel(gpus: int) -> None:
+    """A lone process with several GPUs, whose model the Trainer would wrap in DataParallel before MiCS sees it."""
+    if gpus > 1:
+        raise ConfigError(
+            f"this one process sees {gpus} GPUs, over which the Trainer would spread the model with DataParallel; MiCS "
+            "needs one process for each. Launch with `accelerate launch --config_file ...` (see recipes/configs), or "
+            "set CUDA_VISIBLE_DEVICES to one of them."
+        )
 
 
 def _refuse_deepspeed(enabled: bool) -> None:

@@ -25,13 +25,23 @@ def say_to_all(say: Callable[[], T]) -> list[T]:
 
     Raises:
         ConfigError: `say()` raised it on some rank; then every rank raises the first rank's, and none is left waiting.
+            Or ranks share a GPU, which NCCL finds at its first collective.
     """
     try:
         mine: T | ConfigError = say()
     except ConfigError as error:
         mine = error
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    try:
+        dist.all_gather_object(everyone, mine)
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise ConfigError(
+            f"several of the {len(everyone)} ranks were given the same GPU. Expected one process for each GPU: set "
+            "num_processes in the accelerate config to their number. For a run on CPUs, put CUDA_VISIBLE_DEVICES= "
+            "before the command: accelerate does not tell the ranks of an FSDP job about `use_cpu`."
+        ) from error
     for said in everyone:
         if isinstance(said, ConfigError):
             raise said

@@ -7,7 +7,9 @@ store may soon be gone with its host; and one that waits for a rank that waits f
 another timeout, says it and ends after `_GRACE_S` seconds.
 
 Where no error comes (a machine that lost its power, a stopped process, NCCL before its timeout), the rank before the
-silent one in rank order says so after `_SILENCE_S` seconds. A process that still runs and only waits beats on.
+silent one in rank order says so after `_SILENCE_S` seconds, and of one that raised an error after `_GRACE_S`. A process
+that still runs and only waits beats on. Over NCCL these lines are all: torch's watchdog ends a process whose collective
+failed or timed out without a Python error.
 """
 
 from __future__ import annotations
@@ -137,19 +139,26 @@ class RankWatch:
                 word = self._words([following]).get(following, b"")
                 if word != last:
                     last, since = word, time.monotonic()
+                elif word == _RAISED and time.monotonic() - since > _GRACE_S:
+                    # Over gloo this rank would have failed as well by now; NCCL waits for its timeout, without a word.
+                    self._report(following, "has ended with an error; see its output")
+                    since = float("inf")
                 elif word not in (_LEFT, _RAISED) and time.monotonic() - since > _SILENCE_S:
-                    print(
-                        f"MiCS: {self.describe([following])} has given no sign of life for {_SILENCE_S:.0f} s, rank "
-                        f"{self._rank} reports. If it does not come back, collectives fail at their timeout.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    self._report(following, f"has given no sign of life for {_SILENCE_S:.0f} s")
                     since = float("inf")
         except RuntimeError:
             # The store went first: the job ends, or rank 0's node died, which `explain` says.
             pass
         if self._finding and not self._stop.wait(_GRACE_S):
             self._end()
+
+    def _report(self, rank: int, what: str) -> None:
+        print(
+            f"MiCS: {self.describe([rank])} {what}, rank {self._rank} reports. Collectives with it fail at their "
+            "timeout.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _end(self) -> None:
         """Ends this process, whose job is over: an uncaught error has ended another rank, for want of the dead ones."""

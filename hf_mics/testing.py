@@ -56,8 +56,9 @@ def run_ranks(
     """Calls `function(*args)` on `world_size` ranks of this machine and returns their results in rank order.
 
     Each rank finds the launcher's variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE) for nodes of `node_size`,
-    one thread, and a process group over `backend` (None: no process group). Over NCCL a rank's device is its local
-    rank modulo the number of GPUs. `function` and its results must be picklable.
+    one thread, and a process group over `backend` (None: no process group). Over NCCL, LOCAL_RANK is the rank whatever
+    `node_size`, and a rank's device that modulo the number of GPUs; otherwise GPUs are hidden. `function` and its
+    results must be picklable.
 
     Raises:
         AssertionError: a rank raised (its traceback is in the message), died, or `timeout_s` seconds passed.
@@ -70,7 +71,9 @@ def run_ranks(
             variables = {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank % node_size),
+                # Emulated nodes share this machine's GPUs, and over NCCL every rank needs one of its own.
+                "LOCAL_RANK": str(rank if backend == "nccl" else rank % node_size),
+                **({} if backend == "nccl" else {"CUDA_VISIBLE_DEVICES": ""}),
                 "LOCAL_WORLD_SIZE": str(node_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "OMP_NUM_THREADS": "1",

@@ -9,8 +9,12 @@ from __future__ import annotations
 # Dense peaks of the matrix units in 16-bit floats, in FLOP per second, from the vendors' data sheets (no sparsity).
 # The order matters: the first name found in the device's own name wins.
 PEAK_FLOPS_PER_S: dict[str, float] = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIE": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "V100": 125e12,

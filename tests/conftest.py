@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, no hub, examples that are the same on every run."""
+"""What holds for every test: one thread, no hub, examples that are the same on every run, GPUs for GPU tests alone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from hf_mics.testing import start_server
 
 settings.register_profile("hf_mics", deadline=None, derandomize=True, database=None)
 settings.load_profile("hf_mics")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs unless `-m gpu` asks for them: accelerate would put the CPU tests' models there."""
+    if "gpu" not in (config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

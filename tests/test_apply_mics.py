@@ -272,6 +272,27 @@ def test_ranks_of_several_hosts_that_nobody_counts_are_refused(layout: Layout):
 
 
 @on_ranks(TWO_REPLICAS)
+def test_ranks_that_share_a_gpu_are_told_how_to_launch(layout: Layout):
+    """NCCL finds it at the first collective, in words of its own; torch 2.13 raises them as below."""
+    said = dist.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:95, invalid usage\nDuplicate GPU detected : rank 0 and 1"
+    )
+    model = shard(Net(), layout)
+    with mock.patch("hf_mics.process_groups.dist.all_gather_object", side_effect=said), pytest.raises(ConfigError) as e:
+        apply_mics(model, node_size=2)
+    assert "several of the 4 ranks were given the same GPU" in str(e.value)
+    assert "CUDA_VISIBLE_DEVICES=" in str(e.value)
+    model, said = shard(Net(), layout), "NCCL error in: NCCLUtils.cpp:95, invalid usage\n"
+    for words, error, told in (
+        ("Duplicate GPU detected : rank 0 and rank 1", ConfigError, "several of the 4 ranks were given the same GPU"),
+        ("Connection refused", dist.DistBackendError, "Connection refused"),
+    ):
+        failing = mock.Mock(side_effect=dist.DistBackendError(said + words))
+        with mock.patch("hf_mics.process_groups.dist.all_gather_object", failing), pytest.raises(error, match=told):
+            apply_mics(model, node_size=2)
+
+
+@on_ranks(TWO_REPLICAS)
 def test_a_model_on_a_1d_mesh_is_refused(layout: Layout):
     model = fully_shard(Net(), mesh=init_device_mesh("cpu", (4,)))
     error = refusal(apply_mics, model, node_size=2)

@@ -300,6 +300,10 @@ def test_mistakes_are_told_before_anything_hangs(layout: Layout) -> None:
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
     args = make(mics()).args
+    args._n_gpu = 2  # what TrainingArguments finds when no launcher started a process that sees two
+    with pytest.raises(ConfigError, match="one process sees 2 GPUs"):
+        Trainer(model=make_model("gpt2"), args=args, train_dataset=make_dataset(), callbacks=[mics()])
+    args = make(mics()).args
     trainer = Trainer(model=fully_shard(model, mesh=mesh), args=args, train_dataset=make_dataset(), callbacks=[mics()])
     with pytest.raises(ConfigError, match="1-D mesh without replicas"):
         trainer.train()

@@ -25,7 +25,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_the_rank_before_a_silent_one_says_so_after_30_s(
+def test_the_rank_before_a_silent_one_says_so_after_30_s_and_of_one_that_raised_after_5(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three ranks in one process whose beats are fast and whose clock is the test's: no real silence counts."""
@@ -70,9 +70,17 @@ def test_the_rank_before_a_silent_one_says_so_after_30_s(
     assert pass_s(0).count("MiCS") == 1
     assert pass_s(31).count(told) == 2
 
-    watches[1].leave()
     beating.remove(1)
-    assert pass_s(31).count("MiCS") == 2
+    watches[1].leave(b"raised")
+    pass_s(0)
+    assert pass_s(4).count("MiCS") == 2
+    assert "MiCS: rank 1 on node alpha has ended with an error; see its output, rank 0 reports." in pass_s(2)
+    assert pass_s(100).count("MiCS") == 3
+
+    store.set("beat/1", "back")
+    pass_s(0)
+    store.set("beat/1", "left")
+    assert pass_s(100).count("MiCS") == 3
     watches[0].leave()
 
 

@@ -23,7 +23,16 @@ def test_flops_per_token_is_six_per_parameter_and_the_attention():
 
 @pytest.mark.parametrize(
     ("device", "tflops"),
-    [("Tesla V100-SXM2-32GB", 125), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA B200", 2250)],
+    [
+        ("Tesla V100-SXM2-32GB", 125),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+    ],
 )
 def test_peaks_are_those_of_the_data_sheets(device: str, tflops: int):
     assert peak_flops_per_s(device) == tflops * 1e12

@@ -74,6 +74,7 @@ def _environment() -> dict[str, str]:
     return {
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # PyTorch's tuning guide asks for an allocator that keeps freed memory: glibc gives every large buffer back to

@@ -167,13 +167,14 @@ class VirtualCluster:
 
         Args:
             command_for_node: the command of a node.
-            env: variables added to this process's own. GLOO_SOCKET_IFNAME is the node's NIC unless it is given.
+            env: variables added to this process's own. GLOO_SOCKET_IFNAME is the node's NIC unless it is given. GPUs
+                are hidden: there are not enough for all nodes, and NCCL would not use the virtual NICs.
             on: the nodes to run on.
 
         Raises:
             ConfigError: no such node, or GLOO_SOCKET_IFNAME names an interface that nodes do not have.
         """
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": NIC, **(env or {})}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": NIC, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
         names = {node: self._name(node) for node in (range(self.nodes) if on is None else on)}
         for name in names.values():
             found = namespaces.interfaces(name)

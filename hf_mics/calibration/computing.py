@@ -53,17 +53,21 @@ class Computing(NamedTuple):
         return Computing(max(self.peak_flops_per_s, other.peak_flops_per_s), *lists)
 
 
-def measure_computing(workload: Workload, device: torch.device, *, samples: int) -> Computing:
+def mesh_alone(device: torch.device) -> DeviceMesh:
+    """A mesh of this rank alone; a collective of all ranks, which makes as many groups as there are ranks."""
+    shape = (dist.get_world_size(), 1)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("measure_ranks", "measure_alone"))["measure_alone"]
+
+
+def measure_computing(workload: Workload, mesh: DeviceMesh, device: torch.device, *, samples: int) -> Computing:
     """Times the workload's model with one layer and with none, AdamW and a matrix product; a collective of all ranks.
 
-    In bf16 on accelerators, in fp32 on CPUs. The model runs under FSDP2 on a group of this rank alone: with the copies
+    In bf16 on accelerators, in fp32 on CPUs. The model runs under FSDP2 on `mesh`, of this rank alone: with the copies
     and casts that sharding adds to computing, without communication.
     Passes that take long are repeated less often than `samples` asks for, but three times at least.
     """
     model, seq_length, micro_batch = workload.model, workload.seq_length, workload.micro_batch
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    alone = init_device_mesh(device.type, (dist.get_world_size(), 1), mesh_dim_names=("measure_ranks", "measure_alone"))
-    mesh = alone["measure_alone"]
     flops_of_layer, flops_of_head = _flops(model, seq_length, micro_batch)
     passes = _PASSES_PER_SAMPLE * samples
 
@@ -120,9 +124,10 @@ def _optimizer(net: nn.Module, mesh: DeviceMesh, device: torch.device, timed: Ti
     fully_shard(small, mesh=mesh)
     for parameter in small.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    per_tensor_s = [s / _SMALL_TENSORS for s in timed(torch.optim.AdamW(small.parameters()).step)]
+    fused = device.type != "cpu" or None  # as the Trainer on GPUs
+    per_tensor_s = [s / _SMALL_TENSORS for s in timed(torch.optim.AdamW(small.parameters(), fused=fused).step)]
     parameters = list(net.parameters())
     overhead_s = len(parameters) * median(per_tensor_s)
     updated_bytes = _UPDATE_BYTES * sum(parameter.numel() for parameter in parameters)
-    seconds = timed(torch.optim.AdamW(parameters).step)
+    seconds = timed(torch.optim.AdamW(parameters, fused=fused).step)
     return per_tensor_s, [updated_bytes / max(s - overhead_s, 0.1 * s) for s in seconds]

@@ -80,7 +80,8 @@ def _run(options: argparse.Namespace) -> int:
     if on_gpu:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         device = torch.accelerator.current_accelerator() or device
-    dist.init_process_group(None if on_gpu else "gloo")
+    # Not torch's default, NCCL beside gloo: every group would need gloo's connections too, over its own interface.
+    dist.init_process_group(dist.get_default_backend_for_device(device))
     try:
         _check_together(options, node_size)
         cluster, fits, comparisons = _measure(options, workload, node_size, device)
@@ -130,14 +131,15 @@ def _measure(
     from tqdm import tqdm
 
     from hf_mics.calibration.calibrate import as_records, calibrated_cluster, compare_gathers, fit_links
-    from hf_mics.calibration.computing import Computing, measure_computing
+    from hf_mics.calibration.computing import Computing, measure_computing, mesh_alone
     from hf_mics.calibration.links import measure_links
     from hf_mics.planning.cluster_file import save_cluster
 
+    alone = mesh_alone(device)
     with tqdm(total=_ROUNDS + 2, unit="part", desc="measuring", disable=dist.get_rank() != 0) as bar:
 
         def compute() -> Computing:
-            computing = measure_computing(workload, device, samples=-(-options.samples // 2))
+            computing = measure_computing(workload, alone, device, samples=-(-options.samples // 2))
             bar.update()
             return computing
 
