@@ -386,6 +386,11 @@ def _timeout(group: dist.ProcessGroup, device: torch.device) -> Any:
         return None
 
 
+def has_gradient_hook(param: nn.Parameter) -> bool:
+    """Whether `register_hook` was called on the parameter, and its hook not removed since."""
+    return bool(param._backward_hooks)
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread."""
     return torch._C._current_graph_task_id() != -1

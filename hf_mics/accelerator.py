@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import inspect
 import os
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ from hf_mics._hf_compat import (
     run_checkpoint_functions_inside,
     start_process_state,
 )
+from hf_mics.admission import check_optimizer, preparation_turns, remember_replaced
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
 from hf_mics.checkpoint.resuming import around_checkpoint_function
 from hf_mics.checkpoint.stop import StopRequest
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, say_node_size
 from hf_mics.errors import ConfigError, TopologyError
+from hf_mics.model_methods import open_to_methods
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology, with_runner_flags
 from hf_mics.rank_watch import watch_ranks
 from hf_mics.sharding import checkpoint_activations, restore_scalars, shard_model
@@ -102,6 +105,58 @@ class MiCSAccelerator(StockAccelerator):
         norm = super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clips every element of the gradients, which accelerate refuses under FSDP and shards allow."""
+        self.unscale_gradients()
+        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+
+    @contextlib.contextmanager
+    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
+        """As `Accelerator.join_uneven_inputs` where every rank has as many batches.
+
+        Raises:
+            ConfigError: ranks may have different numbers of them. Join works for DistributedDataParallel alone: under
+                FSDP ranks with batches left would wait for ever for those without.
+        """
+        if self.num_processes > 1 and not (self.even_batches if even_batches is None else even_batches):
+            raise ConfigError(
+                "join_uneven_inputs cannot help sharded training: every rank takes part in every gather. Expected "
+                "even_batches=True, accelerate's default, with which all ranks have as many batches; got False."
+            )
+        yield
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """Prepares as `Accelerator.prepare`, several models too, one after the other with the optimizers of each.
+
+        Raises:
+            ConfigError: a model without its optimizer or the other way round, or something that cannot be sharded.
+        """
+        for optimizer in (arg for arg in args if isinstance(arg, torch.optim.Optimizer)):
+            check_optimizer(optimizer)
+        turns = preparation_turns(args)
+        if len(turns) == 1:
+            return super().prepare(*args, device_placement=device_placement)
+        prepared = list(args)
+        for turn in turns:
+            placement = None if device_placement is None else [device_placement[place] for place in turn]
+            result = super().prepare(*(args[place] for place in turn), device_placement=placement)
+            for place, item in zip(turn, result if len(turn) > 1 else [result], strict=True):
+                prepared[place] = item
+        return tuple(prepared)
+
+    def save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves as `Accelerator.save`.
+
+        Raises:
+            ConfigError: the object holds shards, which no other program could load.
+        """
+        if isinstance(obj, Mapping) and any(isinstance(value, DTensor) for value in obj.values()):
+            raise ConfigError(
+                "this state holds shards of parameters: expected whole tensors, as accelerator.get_state_dict(model) "
+                "gives, called on every rank; got what model.state_dict() returns."
+            )
+        super().save(obj, f, *args, **kwargs)
+
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Path:
         """Saves as `Accelerator.save_state`; the folder appears when it is complete, else not at all.
 
@@ -157,9 +212,11 @@ class MiCSAccelerator(StockAccelerator):
         again = next((arg for arg in args if isinstance(arg, torch.nn.Module) and arg in _SHARDED), None)
         if again is None:
             return_parameters = _remember_parameters(args)
+            before = _parameters(args)
             with replaced_preparation(shard_model, checkpoint_activations):
                 result = super()._prepare_fsdp2(*args)
             return_parameters(result)
+            remember_replaced(before, _parameters(result))
         else:
             result = prepare_beside_sharded(self, again, *args)
         for item in result:
@@ -179,6 +236,7 @@ class MiCSAccelerator(StockAccelerator):
             hierarchical=plugin.hierarchical,
             gradient_wire_dtype=plugin.gradient_wire_dtype,
         )
+        open_to_methods(model)
         if self.is_main_process:
             summary = start_up_summary(
                 mics_engine(model),

@@ -203,11 +203,13 @@ def resolve_topology(plugin: MiCSPlugin, sizes: RequestedSizes, *, world_size: i
     elif sizes.shard is not None:
         replicate = sizes.replicate or 1
         if sizes.shard * replicate != world_size:
-            fitting = f"{world_size // sizes.shard}" if world_size % sizes.shard == 0 else "a size that divides"
+            fitting = f"parallelism_config_dp_replicate_size to {world_size // sizes.shard}"
+            if world_size % sizes.shard:
+                fitting = f"parallelism_config_dp_shard_size to 1 and dp_replicate_size to {world_size}"
             raise ConfigError(
                 "dp_shard_size x dp_replicate_size must equal num_processes: got "
                 f"{sizes.shard} x {replicate} = {sizes.shard * replicate}, expected {world_size}. In the accelerate "
-                f"config set parallelism_config_dp_replicate_size to {fitting}, or num_processes to "
+                f"config set {fitting}, or num_processes to "
                 f"{sizes.shard * replicate}."
             )
         partition_size, source = sizes.shard, "dp_shard_size of the config"

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mics._hf_compat import keeps_cache_out_of_recomputation
 from hf_mics._torch_compat import plain
+from hf_mics.admission import check_model
 from hf_mics.errors import ConfigError
 from hf_mics.wrapping import WrapPlan, holds_input_embeddings, plan_units
 
@@ -84,10 +85,12 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     Parameters may be on the meta device on every rank but 0. Trainable parameters become fp32 under mixed precision.
 
     Raises:
-        ConfigError: a named layer class does not occur, or rank 0 itself has no weights.
+        ConfigError: a named layer class does not occur, rank 0 itself has no weights, or the model has something that
+            sharding would lose (`check_model`).
     """
     if isinstance(plain(model), FSDPModule) or isinstance(model, FSDPModule):
         return model
+    check_model(model)
     plugin = accelerator.state.fsdp_plugin
     if accelerator.mixed_precision != "no":
         _upcast_trainable(model)

@@ -16,6 +16,7 @@ FSDP2's `set_requires_all_reduce` already defers hop 2. `TwoHopSchedule` adds wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -27,13 +28,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hf_mics._torch_compat import (
     Unit,
     after_backward,
+    has_gradient_hook,
     in_backward,
     override_method,
     remove_override,
     reset_after_error,
     unfinished_pass,
 )
-from hf_mics.errors import WindowError
+from hf_mics.errors import ConfigError, WindowError
 from hf_mics.hop2 import ReplicationGroup
 from hf_mics.window import Window
 
@@ -96,6 +98,10 @@ class TwoHopSchedule:
         """
         if in_backward():
             return
+        if torch.is_grad_enabled():
+            for window in self._windows:
+                unit = window.unit
+                refuse_gradient_hooks((unit.name or "(root)", param) for param in unit.sharded_params)
         unfinished = unfinished_pass(self._model)
         if unfinished is None:
             return
@@ -117,6 +123,23 @@ class TwoHopSchedule:
             window.end_backward()
         for window in self._windows:
             window.finish_hop2()
+
+
+def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuses hooks that nobody would call: autograd sees gathered parameters, the hooks stand on the sharded ones.
+
+    Args:
+        parameters: each with the name of the parameter or of its unit.
+
+    Raises:
+        ConfigError: a parameter has a hook of `register_hook`.
+    """
+    for name, param in parameters:
+        if has_gradient_hook(param):
+            raise ConfigError(
+                f"{name} has a hook of register_hook, which FSDP2 never calls. Change gradients between backward and "
+                "the optimizer step, or use register_post_accumulate_grad_hook after prepare()."
+            )
 
 
 def _set_requires_gradient_sync(model: nn.Module, requires_gradient_sync: bool, *, recurse: bool = True) -> None:

@@ -36,6 +36,8 @@ FLOORS = {
         "_hf_compat",
         "memory_probe",
         "probe_models",
+        "admission",
+        "model_methods",
         "plugin",
         "wrapping",
         "sharding",

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import (
     SavePlan,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType
+from torch.distributed.checkpoint.planner import LoadItemType, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -52,9 +52,16 @@ class TiedSavePlanner(DefaultSavePlanner):
         self._tied = tied
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's plan without the tied names."""
+        """This rank's plan without the tied names; what is not sharded is in that of rank 0 alone.
+
+        BatchNorm's statistics differ between ranks. torch would take each buffer from some rank or other, the mean of
+        one and the variance of another; a full state has rank 0's.
+        """
         plan = super().create_local_plan()
-        self.plan = replace(plan, items=[item for item in plan.items if item.index.fqn not in self._tied])
+        items = [item for item in plan.items if item.index.fqn not in self._tied]
+        if dist.get_rank():
+            items = [item for item in items if item.type != WriteItemType.TENSOR]
+        self.plan = replace(plan, items=items)
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:

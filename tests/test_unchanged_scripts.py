@@ -1,0 +1,178 @@
+"""Do the habits of scripts that were written for unsharded models work, or say what to do instead?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from hf_mics.errors import ConfigError
+from hf_mics.testing import run_ranks
+from tests import tiny
+from tests.test_accelerator import TOLERANCE, fresh_accelerator, full_weights, largest_difference, make_optimizer
+
+WORLD_SIZE = 4
+
+
+def make_pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)), nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 1))
+
+
+def duel(generator: nn.Module, critic: nn.Module, optimizers: Any, backward: Any, part: Any, clip: Any) -> None:
+    """Two steps each of two models that train against each other, with one optimizer for each."""
+    for step in range(2):
+        torch.manual_seed(step)
+        noise, real = part(torch.randn(8, 7)), part(torch.randn(8, 5))
+        backward((critic(generator(noise).detach()) - critic(real)).square().mean())
+        clip(critic.parameters(), 0.01)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        backward(-critic(generator(noise)).mean())
+        optimizers[0].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+
+def check_two_models() -> list[dict[str, torch.Tensor]]:
+    accelerator = fresh_accelerator()
+    models = make_pair()
+    loader = torch.utils.data.DataLoader(torch.zeros(8, 1), batch_size=1)
+    g, batches, d, *optimizers = accelerator.prepare(models[0], loader, models[1], *map(make_optimizer, models))
+    assert len(batches) == 2
+    rank = dist.get_rank()
+    # Between the ranks, clipping an average is not averaging what was clipped: gradients are averaged first.
+    duel(g, d, optimizers, accelerator.backward, lambda x: x.chunk(WORLD_SIZE)[rank], accelerator.clip_grad_value_)
+    return [full_weights(g), full_weights(d)]
+
+
+def test_two_models_in_one_prepare_train_as_in_one_process() -> None:
+    ours = run_ranks(check_two_models, WORLD_SIZE)[0]
+    models = make_pair()
+    optimizers = [make_optimizer(model) for model in models]
+    duel(*models, optimizers, lambda loss: loss.backward(), lambda x: x, nn.utils.clip_grad_value_)
+    for weights, model in zip(ours, models, strict=True):
+        assert largest_difference(weights, dict(model.named_parameters())) < TOLERANCE
+
+
+def check_methods(folder: str) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for generates in (False, True):
+        accelerator = fresh_accelerator(gradient_accumulation_steps=2)
+        model = tiny.build("t5")
+        model, optimizer = accelerator.prepare(model, make_optimizer(model))
+        rows, texts = tiny.token_rows(2, seed=dist.get_rank()), []
+
+        def generate(texts: list[Any] = texts, on: bool = generates, model: Any = model) -> None:
+            if on:
+                model.eval()
+                texts.append(accelerator.unwrap_model(model).generate(tiny.token_rows(2), max_new_tokens=4))
+                model.train()
+
+        generate()
+        for _ in range(4):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=rows, labels=rows).loss)
+                generate()  # in mid-window too
+                optimizer.step()
+                optimizer.zero_grad()
+        seen[f"trained, generate {generates}"] = full_weights(model)
+    seen["texts"] = texts
+    with pytest.raises(ConfigError, match="is_main_process=accelerator.is_main_process"):
+        model.save_pretrained(folder)
+    accelerator.unwrap_model(model).save_pretrained(
+        folder, is_main_process=accelerator.is_main_process, save_function=accelerator.save
+    )
+    with pytest.raises(ConfigError, match="get_state_dict"):
+        accelerator.save(model.state_dict(), f"{folder}/weights.pt")
+    return seen
+
+
+def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_whole_one(tmp_path: Path) -> None:
+    seen = run_ranks(check_methods, WORLD_SIZE, str(tmp_path))
+    trained = seen[0]["trained, generate True"]
+    assert largest_difference(trained, seen[0]["trained, generate False"]) == 0.0
+    whole = tiny.build("t5").eval()
+    assert torch.equal(seen[0]["texts"][0], whole.generate(tiny.token_rows(2), max_new_tokens=4))
+    assert all(
+        torch.equal(mine, others) for rank in seen for mine, others in zip(seen[0]["texts"], rank["texts"], strict=True)
+    )
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert largest_difference(dict(loaded.named_parameters()), trained) == 0.0
+    assert torch.equal(seen[0]["texts"][-1], loaded.generate(tiny.token_rows(2), max_new_tokens=4))
+    assert not (tmp_path / "weights.pt").exists()
+
+
+def check_buffers(folder: str) -> list[dict[str, torch.Tensor]]:
+    accelerator = fresh_accelerator()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 7), nn.BatchNorm1d(7), nn.BatchNorm1d(7))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    torch.manual_seed(dist.get_rank())
+    for _ in range(2):
+        accelerator.backward(model(torch.randn(4, 5)).square().mean())
+        optimizer.step()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    accelerator.save_state(folder)
+    accelerator.load_state(folder)
+    return [before, dict(model.named_buffers())]
+
+
+def test_a_checkpoint_has_the_buffers_of_rank_0(tmp_path: Path) -> None:
+    """Statistics differ between ranks, and a mixture belongs to nobody."""
+    seen = run_ranks(check_buffers, WORLD_SIZE, str(tmp_path))
+    first = seen[0][0]
+    assert all((first["1.running_mean"] != before["1.running_mean"]).all() for before, _ in seen[1:])
+    for _, after in seen:
+        assert all(torch.equal(first[name], buffer) for name, buffer in after.items())
+
+
+def check_refusals() -> None:
+    accelerator = fresh_accelerator()
+
+    def refused(match: str, *items: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            accelerator.prepare(*items)
+
+    first, second = make_pair()
+    refused("Sequential without its optimizer.*evaluation_mode=True", first)
+    refused("Sequential without its optimizer", first, second, make_optimizer(first))
+    refused("an optimizer without its model", make_optimizer(first))
+    refused("holds parameters of 2 of them", first, second, make_optimizer(nn.ModuleList([first, second])))
+    refused("Adafactor cannot work on sharded parameters", first, transformers.Adafactor(first.parameters()))
+    refused("LBFGS cannot work on sharded parameters", first, torch.optim.LBFGS(first.parameters()))
+    for name in ("max_norm", "sparse"):
+        embedding = nn.Sequential(nn.Embedding(4, 4, **{name: True}))
+        refused(f"^0 has {name}=", embedding, make_optimizer(embedding))
+    hook = first[2].weight.register_hook(lambda grad: grad.clamp(-1, 1))
+    refused("2.weight has a hook of register_hook", first, make_optimizer(first))
+    hook.remove()
+
+    forgotten = torch.optim.SGD(first[2].parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(first, make_optimizer(first))
+    for param in forgotten.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param)
+    with pytest.raises(ConfigError, match="holds the parameters that the model had before"):
+        forgotten.step()
+    accelerator.backward(model(torch.ones(2, 7)).sum())
+    optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    hook = model[2].weight.register_hook(lambda grad: grad.clamp(-1, 1))
+    with pytest.raises(ConfigError, match="has a hook of register_hook"):
+        model(torch.ones(2, 7))
+    hook.remove()
+    model(torch.ones(2, 7))
+    with accelerator.join_uneven_inputs([model]):
+        pass
+    with pytest.raises(ConfigError, match="join_uneven_inputs"), accelerator.join_uneven_inputs([model], False):
+        pass
+
+
+def test_what_sharded_parameters_cannot_do_is_refused_before_it_trains_wrongly() -> None:
+    run_ranks(check_refusals, 2)
