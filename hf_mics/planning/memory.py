@@ -7,7 +7,8 @@ that of the first one, and the end of backward, where the root's gradients are w
 Left out: the CUDA context and NCCL's buffers (the decimal GB of data sheets leave about as much again), fragmentation
 (the reserve stands for both), dropout masks, padding masks, temporaries of an optimizer that updates all tensors at
 once (the Trainer's fused AdamW has none), and what the user's script keeps. Attention is taken to keep no scores, as
-the flash and memory-efficient kernels do; V100s have the latter only.
+the flash and memory-efficient kernels do; V100s have the latter only. Under CPU offload, which no tracked run has
+checked, also one unit's shard on its way to the GPU, and the host's memory beyond the three fp32 values that it holds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from hf_mics.errors import ConfigError
 from hf_mics.planning.workload import ModelShape, Unit, Workload
 from hf_mics.topology import Topology
 
@@ -52,8 +54,19 @@ def peak_memory(
         topology: the groups; its partition size must be the system's own (1 for "ddp", the world for ZeRO).
         system: "mics"; "hsdp" holds the same but for hierarchical buffers; "zero3" is one partition group of all GPUs;
             "zero2" besides keeps a whole copy of the parameters in the precision of computation; "ddp" keeps
-            everything, parameters and gradients in fp32.
+            everything, parameters and gradients in fp32, and has no CPU offload.
+
+    Under CPU offload the fp32 shards, their optimizer state and the reduced gradients live on the host. On the GPU stay
+    a whole copy for computation and the partial sums that wait for hop 2, which the host has a copy of too.
+
+    Raises:
+        ConfigError: CPU offload with "ddp".
     """
+    if system == "ddp" and workload.cpu_offload:
+        raise ConfigError(
+            "DistributedDataParallel keeps parameters and optimizer state on the GPU: leave out --cpu-offload, or plan "
+            "mics, hsdp, zero3 or zero2."
+        )
     shards = _Shards(workload, topology, staged=hierarchical and system == "mics" and topology.is_hierarchical)
     whole = system in ("zero2", "ddp")
     moments = _moments(workload, shards, gathers=not whole)
@@ -71,8 +84,9 @@ def peak_memory(
     peak: dict[Kind, float] = {kind: static.get(kind, 0.0) + moments[name].get(kind, 0.0) for kind in MEMORY_KINDS}
     host = 0.0
     if workload.cpu_offload:
-        host = peak["parameters"] + peak["optimizer"] + shards.fp32()
-        peak["parameters"] = peak["optimizer"] = 0.0
+        host = shards.fp32() + peak["optimizer"] + shards.fp32()
+        peak["parameters"] -= shards.fp32()
+        peak["optimizer"] = 0.0
     return Memory(peak, name, host)
 
 
@@ -84,6 +98,8 @@ class _Shards:
         self._node = topology.node_size
         self._width = workload.compute_bytes
         self._staged = staged
+        self._offloads = workload.cpu_offload
+        self.replicates = topology.replication_size > 1
         units = workload.model.units
         self._padded = padded_total(workload.model, self._p)
         self.root = self.gathered(units[0])
@@ -107,6 +123,10 @@ class _Shards:
     def staging(self, size: float) -> float:
         """The buffer of a hierarchical collective of `size` bytes: one shard for each node of the group."""
         return size / self._node if self._staged else 0.0
+
+    def leaving(self, size: float) -> float:
+        """The reduced fp32 gradients of a unit of `size` gathered bytes on their way to the host, under CPU offload."""
+        return 4.0 * size / self._width / self._p if self._offloads else 0.0
 
     def static(self, workload: Workload) -> dict[Kind, float]:
         """What is there all the time."""
@@ -206,8 +226,11 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
     encoder_end = head if m.family == "t5" else 0.0
     layers = m.num_decoder_layers if m.family == "t5" else m.num_layers
     before_last = (layers - 1) * kept_last + (m.num_layers * kept + encoder_end if m.family == "t5" else 0.0)
-    accumulates = workload.accumulation > 1
-    sums = shards.fp32() if accumulates else 0.0
+    # CPU offload sends reduced gradients to the host at once, where micro-steps add up (FSDP2's foreach_reduce). Only
+    # partial sums, which wait for hop 2, add up on the GPU.
+    offloads = workload.cpu_offload
+    sums = shards.fp32() if workload.accumulation > 1 and (shards.replicates or not offloads) else 0.0
+    reduced = 0.0 if offloads else shards.layers_fp32
     tied_gradient = float(width * m.vocab_size * m.hidden_size) if m.tied_embeddings else 0.0
     stays = shards.root if gathers else 0.0
     moments: dict[str, dict[Kind, float]] = {
@@ -217,10 +240,12 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
             "communication": stays + (shards.head or shards.last_layer) if gathers else 0.0,
         },
         "end of backward": {
-            "gradients": (sums or shards.layers_fp32) + (3 * tied_gradient or shards.embedding),
+            "gradients": (sums or reduced)
+            + (3 * tied_gradient or shards.embedding)
+            + shards.leaving(shards.first_layer),
             "communication": (stays if gathers else shards.root) + shards.first_layer + shards.embedding,
         },
-        "optimizer step": {"gradients": shards.fp32()},
+        "optimizer step": {"gradients": 0.0 if offloads else shards.fp32()},
     }
     # Between the two, what is kept shrinks by a layer's activations and gradients grow by a layer's sums, evenly.
     head_end = _Backward("backward of the last layer", last, shards.last_layer, shards.layer, before_last, sums)
@@ -231,7 +256,7 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
         # The last to arrive is the embedding, where it is a unit of its own; the one before it was a layer.
         max(shards.embedding, shards.layer),
         0.0,
-        sums or shards.layers_fp32,
+        sums or reduced,
     )
     for backward in (head_end, tail_end):
         moments |= backward.moments(tied_gradient, stays, shards, gathers=gathers)
@@ -259,7 +284,7 @@ class _Backward(NamedTuple):
         layer = self.layer
         return {
             f"{self.name}{when}": {
-                "gradients": self.sums + tied_gradient + gradients * self.size,
+                "gradients": self.sums + tied_gradient + gradients * self.size + shards.leaving(self.size),
                 "activations": self.before + activations,
                 "communication": buffers,
             }

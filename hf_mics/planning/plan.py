@@ -269,7 +269,7 @@ def _would_change(request: Request, candidates: list[Candidate], choice: Candida
         next_smaller = smaller[-1]
         missing = next_smaller.total_bytes - available
         yield f"{missing / GB:.1f} GB more on every GPU: {next_smaller.partition_size} would fit"
-        for what, workload in _lighter(request.workload):
+        for what, workload in _lighter(request):
             if _fitting_size(replace(request, workload=workload), next_smaller.partition_size):
                 yield f"{what}: {next_smaller.partition_size} would fit"
     heavier = replace(request.workload, micro_batch=2 * request.workload.micro_batch)
@@ -277,8 +277,9 @@ def _would_change(request: Request, candidates: list[Candidate], choice: Candida
         yield f"micro-batch {heavier.micro_batch}: {choice.partition_size} would no longer fit"
 
 
-def _lighter(workload: Workload) -> Iterator[tuple[str, Workload]]:
+def _lighter(request: Request) -> Iterator[tuple[str, Workload]]:
     """Ways to need less memory, the gentlest first."""
+    workload = request.workload
     if not workload.activation_checkpointing:
         yield "activation checkpointing", replace(workload, activation_checkpointing=True)
     if workload.micro_batch > 1:
@@ -286,7 +287,7 @@ def _lighter(workload: Workload) -> Iterator[tuple[str, Workload]]:
         if not workload.activation_checkpointing:
             both = replace(workload, micro_batch=1, activation_checkpointing=True)
             yield "micro-batch 1 with activation checkpointing", both
-    if not workload.cpu_offload:
+    if not workload.cpu_offload and request.system != "ddp":
         lightest = replace(workload, cpu_offload=True)
         yield "CPU offload of parameters and optimizer state", lightest
 
@@ -303,7 +304,7 @@ def _fits_nowhere(request: Request, candidates: list[Candidate]) -> str:
     best = min(candidates, key=lambda candidate: candidate.total_bytes)
     ways = [
         what
-        for what, workload in _lighter(request.workload)
+        for what, workload in _lighter(request)
         if any(_fitting_size(replace(request, workload=workload), c.partition_size) for c in candidates)
     ]
     nodes = _enough_nodes(request)

@@ -129,6 +129,7 @@ def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.Capt
         (["--nic", "0"], "expected one description of the cluster"),
         (["--nodes", "1", "--micro-batch", "512"], "fits at no partition size"),
         (["--system", "zero3"], "--save writes a MiCS config, and this plans zero3"),
+        (["--system", "ddp", "--cpu-offload"], "DistributedDataParallel keeps parameters and optimizer"),
         (["--system", "zero3", "--probe"], "--probe runs the engine's own layout"),
     ],
 )

@@ -114,15 +114,33 @@ def test_recomputation_keeps_one_input_per_layer():
     assert saved == pytest.approx(61 * (layer.saved - layer.input), rel=0.04)
 
 
-def test_cpu_offload_moves_state_to_the_host_and_leaves_the_partial_sums():
-    workload = Workload(model=find_model("gpt-20b"), seq_length=1024, accumulation=2)
-    here, offloaded = (peak_memory(replace(workload, cpu_offload=on), groups(8)) for on in (False, True))
-    state = here.memory_bytes["parameters"] + here.memory_bytes["optimizer"]
+@pytest.mark.parametrize(("accumulation", "partition", "waiting"), [(1, 8, 0), (4, 8, 1), (1, 16, 0), (4, 16, 0)])
+def test_cpu_offload_leaves_on_the_gpu_only_the_sums_that_wait_for_hop_2(
+    accumulation: int, partition: int, waiting: int
+):
+    """Of 16 GPUs: groups of 8 all-reduce between two of them, groups of 16 do not."""
+    workload = Workload(model=find_model("gpt-20b"), seq_length=1024, accumulation=accumulation)
+    here, offloaded = (peak_memory(replace(workload, cpu_offload=on), groups(partition)) for on in (False, True))
+    shard = 4 * padded_total(workload.model, partition) / partition
     assert here.host_bytes == 0
-    assert offloaded.total_bytes == here.total_bytes - state
-    assert offloaded.host_bytes == state + 4 * padded_total(workload.model, 8) / 8
+    assert offloaded.host_bytes == 4 * shard, "parameters, gradients and AdamW's two values"
+    assert offloaded.memory_bytes["parameters"] == offloaded.memory_bytes["optimizer"] == 0
+    # Unsharded gradients of one of 62 layers and of the tied embedding, and one layer's on their way to the host.
+    assert waiting * shard <= offloaded.memory_bytes["gradients"] < (waiting + 0.4) * shard
+    # Backward of the last layer with and without the state: nothing else differs but what leaves.
+    assert offloaded.total_bytes < here.total_bytes - (3 + (1 - waiting) * (accumulation > 1)) * shard + 0.1 * shard
     with pytest.raises(ConfigError, match="leave out --cpu-offload"):
-        probe_memory(replace(workload, cpu_offload=True), groups(8))
+        probe_memory(replace(workload, cpu_offload=True), groups(partition))
+
+
+def test_cpu_offload_leaves_zero2_its_copy_and_is_refused_for_ddp():
+    workload = Workload(model=find_model("gpt2-xl"), seq_length=1024, cpu_offload=True)
+    zero2 = peak_memory(workload, groups(16), system="zero2")
+    assert zero2.memory_bytes["parameters"] == 2 * workload.model.num_parameters
+    assert zero2.memory_bytes["optimizer"] == 0
+    assert zero2.host_bytes == 16 * padded_total(workload.model, 16) / 16
+    with pytest.raises(ConfigError, match="keeps parameters and optimizer state on the GPU: leave out --cpu-offload"):
+        peak_memory(workload, groups(1), system="ddp")
 
 
 def test_peers_keep_what_their_sharding_says():

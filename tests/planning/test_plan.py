@@ -100,8 +100,9 @@ def test_peers_are_planned_with_their_own_groups(system: str, sizes: list[int]):
 
 
 def test_ddp_is_refused_where_a_whole_replica_does_not_fit():
-    with pytest.raises(ConfigError, match="at best, with ddp at 1, a GPU needs"):
+    with pytest.raises(ConfigError, match="at best, with ddp at 1, a GPU needs") as error:
         make_plan(replace(plan_of().request, system="ddp"))
+    assert "offload" not in str(error.value), "DistributedDataParallel has none"
 
 
 def test_a_measured_memory_takes_the_place_of_the_closed_form():
