@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import get_args
 
 from hf_mics.planning.launch_config import LaunchConfig
@@ -36,5 +35,5 @@ def run(options: argparse.Namespace) -> None:
     if options.output is None:
         print(config.yaml(), end="")
         return
-    config.save(Path(options.output), force=options.force)
+    config.save(options.output, force=options.force)
     print(f"wrote {options.output}; launch with:\n  {config.command(options.output)}", file=sys.stderr)

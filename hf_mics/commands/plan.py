@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
@@ -55,17 +54,17 @@ def run(options: argparse.Namespace) -> None:
     request = _request(options)
     plan = make_plan(request)
     config = _config(plan)
-    if options.save:
+    if options.save is not None:
         if request.system != "mics":
             raise ConfigError(f"--save writes a MiCS config, and this plans {request.system}: leave out --system.")
-        config.save(Path(options.save), force=options.force)
+        config.save(options.save, force=options.force)
     if options.json:
         print(json.dumps(plan.record(), indent=2))
     else:
         from hf_mics.commands.plan_report import print_plan
 
         print_plan(plan)
-    if options.save:
+    if options.save is not None:
         where = sys.stderr if options.json else sys.stdout
         print(f"\nwrote {options.save}; launch with:\n  {config.command(options.save)}", file=where)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_mics.errors import ConfigError
 from hf_mics.planning.new_file import write_new
 from hf_mics.planning.workload import Precision, require_count
 from hf_mics.topology import Topology
@@ -92,12 +94,20 @@ class LaunchConfig:
         """How to launch a script with the config `file`."""
         where = f" --machine_rank 0..{self.nodes - 1} --main_process_ip HOST" if self.nodes > 1 else ""
         flags = (" --partition-size 1" if self.partition_size == 1 else "") + ("" if self.hierarchical else " --flat")
-        return f"accelerate launch --config_file {file}{where} -m hf_mics{flags} train.py"
+        return f"accelerate launch --config_file {shlex.quote(file)}{where} -m hf_mics{flags} train.py"
 
-    def save(self, path: Path, *, force: bool) -> None:
+    def save(self, file: str, *, force: bool) -> None:
         """Writes the config.
 
         Raises:
-            ConfigError: the file exists and `force` is not set, or cannot be written.
+            ConfigError: no name, or one that accelerate would read as JSON; the file exists and `force` is not set, or
+                cannot be written.
         """
-        write_new(path, self.yaml(), force=force)
+        if not file.strip():
+            raise ConfigError(f"no name for the config: expected a file, for example mics.yaml, got {file!r}.")
+        if file.endswith(".json"):
+            raise ConfigError(
+                f"the config is written as YAML, and accelerate reads a name that ends in .json as JSON: got {file!r}, "
+                f"choose for example {file.removesuffix('json') + 'yaml'!r}."
+            )
+        write_new(Path(file), self.yaml(), force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,29 @@ def test_an_existing_file_is_kept_without_force(tmp_path: Path):
     assert file.read_text() == "mine"
     assert main(command(1, 8, 8, "--output", str(file), "--force")) == 0
     assert file.read_text() != "mine"
+
+
+@pytest.mark.parametrize(("name", "words"), [("", "no name for the config"), ("m.json", "choose for example 'm.yaml'")])
+def test_names_that_accelerate_cannot_read_back_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, words: str
+):
+    monkeypatch.chdir(tmp_path)
+    for start in (
+        command(1, 8, 8, "--output"),
+        ["plan", "--model", "gpt2-xl", "--instance", "p4d.24xlarge", "--save"],
+    ):
+        assert main([*start, name]) == 2
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_printed_command_is_one_that_a_shell_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = str(tmp_path / "my mics;$HOME.yaml")
+    assert main(command(1, 8, 8, "--output", file)) == 0
+    words = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert words[:4] == ["accelerate", "launch", "--config_file", file]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
