@@ -11,6 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from hf_mics.cli import main
 
@@ -161,6 +162,14 @@ def sizes(**values: Any) -> dict[str, Any]:
         (changed(None, distributed_type="DEEPSPEED"), "DeepSpeed brings its own sharding"),
         (changed(None, deepspeed_config={"zero_stage": 3}), "DeepSpeed brings its own sharding"),
         (changed(None, mixed_precision="bf61"), "mixed_precision must be 'no', fp16 or bf16, got 'bf61'"),
+        (changed(None, distributed_type="MEGATRON_LM"), "Megatron-LM brings its own parallelism"),
+        (changed(None, dynamo_config="inductor"), "dynamo_config must hold settings, got 'inductor'"),
+        (changed(None, dynamo_config={"mode": "fast"}), "dynamo_mode must be one of default, reduce-overhead"),
+        (
+            changed(None, dynamo_config={"use_dynamic": "maybe"}),
+            "dynamo_use_dynamic must be true or false, got 'maybe'",
+        ),
+        (changed(None, dynamo_config={"use": True}), "dynamo_config: unknown key use, read as dynamo_use"),
         (changed(None, mixed_precision="fp8"), "fp8 is not supported"),
         (changed(None, num_processes=15), "must be a multiple of num_machines: got 15 and 2"),
         (changed(None, num_processes=...), "no num_processes"),
@@ -175,6 +184,26 @@ def sizes(**values: Any) -> dict[str, Any]:
             "unknown key fsdp_activation_checkpoint (accelerate drops it without a word); did you mean "
             "fsdp_activation_checkpointing?",
         ),
+        (
+            changed("fsdp_config", num_processes=99),
+            "fsdp_config: unknown key num_processes, read as fsdp_num_processes (accelerate drops it without a word)",
+        ),
+        (changed("fsdp_config", fsdp_min_num_params="abc"), "fsdp_min_num_params must be a whole number in digits"),
+        (changed("fsdp_config", min_num_params=1e8), "fsdp_min_num_params must be a whole number in digits"),
+        (
+            changed("fsdp_config", fsdp_transformer_layer_cls_to_wrap=["GPT2Block", "OPTBlock"]),
+            "names with commas between them, got ['GPT2Block', 'OPTBlock']: set GPT2Block,OPTBlock",
+        ),
+        (
+            changed("parallelism_config", num_processes=3),
+            "parallelism_config: unknown key num_processes (accelerate puts it in place of the flag)",
+        ),
+        (
+            changed("parallelism_config", tp_size=1),
+            "unknown key tp_size (accelerate drops it without a word); did you ",
+        ),
+        (sizes(cp_backend="foo"), "parallelism_config_cp_backend must be torch, or left out, got 'foo'"),
+        (sizes(dp_shard_size=3), "Valid partition sizes for 16 ranks on nodes of 8: 1, 2, 4, 8, 16"),
         (changed("fsdp_config", fsdp_state_dict_type="LOCAL_STATE_DICT"), "fsdp_state_dict_type is LOCAL_STATE_DICT"),
         (changed("fsdp_config", fsdp_offload_params="maybe"), "must be true or false, got 'maybe'"),
         (changed("fsdp_config", fsdp_offload_params=None), "fsdp_offload_params must be true or false, got None"),
@@ -209,6 +238,58 @@ def test_every_mistake_is_found_before_launch(
     code, _, errors = check(tmp_path, capsys, config)
     assert code == 2
     assert words in errors
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (changed(None, distributed_type="fsdp"), "distributed_type is 'fsdp', and accelerate knows no such type"),
+        (changed(None, mixed_precision=False), "mixed_precision is false, which is how YAML reads no"),
+        (
+            changed(None, gpu_ids=[0, 1]),
+            "gpu_ids must be text, got [0, 1]: set gpu_ids: all, or numbers in quotes, '0,1'",
+        ),
+        (changed(None, gpu_ids=0), "gpu_ids must be text, got 0"),
+        (changed(None, main_process_port="29500"), "must be a number from 0 to 65535, without quotes, got '29500'"),
+        (changed(None, main_process_port=99999), "must be a number from 0 to 65535, without quotes, got 99999"),
+        (
+            changed(None, dynamo_config={"dynamo_backend": "FOO"}),
+            "dynamo_backend must be 'no' in quotes, or one of eager",
+        ),
+        (changed(None, dynamo_backend=False), "dynamo_backend must be 'no' in quotes"),
+        (changed(None, num_machines="2"), "num_machines must be a number without quotes, got '2'"),
+        (changed(None, num_processes="16"), "num_processes must be a number without quotes, got '16'"),
+    ],
+)
+def test_what_the_launch_stops_on_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: Any, words: str
+):
+    """Accelerate's own launcher, up to the environment of the processes, ends in a traceback."""
+    code, _, errors = check(tmp_path, capsys, config)
+    assert code == 2
+    assert words in errors
+    with pytest.raises((TypeError, ValueError, AttributeError, OverflowError)):
+        launch_environment(tmp_path / "mics.yaml")
+
+
+def launch_environment(file: Path) -> dict[str, str]:
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "x.py"]))
+    return prepare_multi_gpu_env(arguments)
+
+
+def test_keys_that_accelerate_completes_are_read_by_their_whole_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """In what is checked, noted and explained; accelerate's launcher agrees."""
+    short = {"version": 2, "activation_checkpointing": True, "transformer_layer_cls_to_wrap": "BertLayer"}
+    config = GOOD | {"fsdp_config": short | {"sharding_strategy": "HYBRID_SHARD", "fsdp_ignored_modules": "head"}}
+    code, out, errors = check(tmp_path, capsys, config | {"dynamo_config": {"backend": "inductor"}})
+    assert (code, errors) == (0, "")
+    for words in ("activations: recomputed", "layers: every BertLayer", "HYBRID_SHARD says nothing to version 2"):
+        assert words in out
+    environment = launch_environment(tmp_path / "mics.yaml")
+    read = {name: environment[name] for name in ("FSDP_VERSION", "FSDP_IGNORED_MODULES", "ACCELERATE_DYNAMO_BACKEND")}
+    assert read == {"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "head", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
 
 
 def test_a_good_config_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
