@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,25 +29,20 @@ def find_model(text: str) -> ModelShape:
         raise ConfigError(f"no model: expected a preset, config.json, folder or hub name, got {text!r}.")
     if text in PRESETS:
         return _from_preset(text, PRESETS[text])
-    path = Path(text).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"no config.json in the folder {text!r}: expected what save_pretrained writes there.")
-    elif not path.is_file():
-        path = _download(text)
-    return shape_of_config(_read(path), text)
+    return shape_of_config(_read(_local_file(text) or _download(text)), text)
 
 
 def shape_of_config(config: Config, name: str) -> ModelShape:
-    """The shape of the model that a transformers configuration describes.
+    """The shape of the model that a transformers configuration describes, read and checked size by size.
 
     Args:
-        config: config.json's contents; what it leaves out has transformers' default.
+        config: config.json's contents. Layers, widths, heads and the vocabulary must be there, as they are in what
+            save_pretrained writes; of the rest, what is left out has transformers' default.
         name: for messages and reports.
 
     Raises:
-        ConfigError: a model type that is not planned for, or sizes that no model has.
+        ConfigError: a model type or a part of a model that is not planned for, a size that is missing, or values that
+            no model has.
     """
     kind = config.get("model_type")
     reader = _READERS.get(str(kind))
@@ -56,6 +52,26 @@ def shape_of_config(config: Config, name: str) -> ModelShape:
             "or a configuration of similar width and depth to plan for it roughly."
         )
     return reader(config, name)
+
+
+def _local_file(text: str) -> Path | None:
+    """The config.json that `text` names on this machine; None where nothing has that name."""
+    try:
+        path = Path(text).expanduser()
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            return None
+    # No such user before a slash; a name that no file can have, or a folder that may not be looked into.
+    except (RuntimeError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"no model {reprlib.repr(text)}: expected a preset, config.json, folder or hub name, and looking for it "
+            f"here failed: {why}"
+        ) from None
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"no config.json in the folder {text!r}: expected what save_pretrained writes there.")
+    return path / "config.json"
 
 
 def _from_preset(name: str, preset: Preset) -> ModelShape:
@@ -117,7 +133,24 @@ def _size(config: Config, key: str, name: str, default: int | None = None) -> in
     return int(value)
 
 
+def _switch(config: Config, key: str, name: str, default: bool) -> bool:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: {key} must be true or false, got {value!r}.")
+    return value
+
+
+def _refuse_parts(config: Config, name: str, *keys: str) -> None:
+    """Raises ConfigError where a switch turns on tensors that the shape has no place for."""
+    found = [key for key in keys if _switch(config, key, name, False)]
+    if found:
+        raise ConfigError(f"{name}: {config['model_type']} models with {' and '.join(found)} are not planned for.")
+
+
 def _gpt2(config: Config, name: str) -> ModelShape:
+    _refuse_parts(config, name, "add_cross_attention")
     hidden = _size(config, "n_embd", name)
     return ModelShape(
         name=name,
@@ -128,11 +161,12 @@ def _gpt2(config: Config, name: str) -> ModelShape:
         num_heads=_size(config, "n_head", name),
         vocab_size=_size(config, "vocab_size", name),
         context_length=_size(config, "n_positions", name, 1024),
-        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tied_embeddings=_switch(config, "tie_word_embeddings", name, True),
     )
 
 
 def _bert(config: Config, name: str) -> ModelShape:
+    _refuse_parts(config, name, "add_cross_attention")
     spare = 0 if config["model_type"] == "bert" else 2
     return ModelShape(
         name=name,
@@ -145,16 +179,15 @@ def _bert(config: Config, name: str) -> ModelShape:
         context_length=_size(config, "max_position_embeddings", name, 512) - spare,
         spare_positions=spare,
         type_vocab_size=_size(config, "type_vocab_size", name, 2),
-        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tied_embeddings=_switch(config, "tie_word_embeddings", name, True),
     )
 
 
 def _llama(config: Config, name: str) -> ModelShape:
     kind = config["model_type"]
     heads = _size(config, "num_attention_heads", name)
-    refused = [key for key in ("attention_bias", "mlp_bias") if kind != "qwen2" and config.get(key)]
-    if refused:
-        raise ConfigError(f"{name}: {kind} models with {' and '.join(refused)} are not planned for.")
+    if kind != "qwen2":
+        _refuse_parts(config, name, "attention_bias", "mlp_bias")
     return ModelShape(
         name=name,
         family="llama",
@@ -167,7 +200,7 @@ def _llama(config: Config, name: str) -> ModelShape:
         head_dim=_size(config, "head_dim", name, 128) if kind == "qwen3" else config.get("head_dim") or 0,
         vocab_size=_size(config, "vocab_size", name),
         context_length=_size(config, "max_position_embeddings", name),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=_switch(config, "tie_word_embeddings", name, False),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
     )

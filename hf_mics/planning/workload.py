@@ -6,6 +6,7 @@ ones that `hf_mics.wrapping` chooses for the transformers models of the four fam
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -16,6 +17,10 @@ Family = Literal["gpt", "bert", "llama", "t5"]
 Precision = Literal["bf16", "fp16", "fp32"]
 OptimizerName = Literal["adamw", "sgd-momentum", "sgd"]
 UnitKind = Literal["root", "embedding", "layer", "head"]
+
+# Beyond these no plan means anything: a plan walks every layer, and computes in floats, which are exact up to 2^53.
+_MOST_LAYERS = 10_000
+_LARGEST = 2**53
 
 Matrix = tuple[int, int]
 """A parameter as (first dimension, elements per row); FSDP2 cuts the first dimension. Vectors have rows of 1."""
@@ -104,6 +109,8 @@ class ModelShape:
         sizes += ["num_decoder_layers"] if self.family == "t5" else []
         for field in sizes:
             require_count(f"{self.name}: {field}", getattr(self, field))
+        if self.total_layers > _MOST_LAYERS:
+            raise ConfigError(f"{self.name}: plans are made for up to {_MOST_LAYERS} layers, got {self.total_layers}.")
         if self.family in ("bert", "t5") and not self.tied_embeddings:
             # transformers 5 ties T5's head whatever its config says.
             raise ConfigError(f"{self.name}: a {self.family} model is planned with tied embeddings only.")
@@ -205,9 +212,11 @@ class Workload:
 
 
 def require_count(name: str, value: object) -> None:
-    """Raises ConfigError unless `value` is a positive integer."""
+    """Raises ConfigError unless `value` is a positive integer that a float holds exactly."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+    if value > _LARGEST:
+        raise ConfigError(f"{name} must be at most 2^53, got {reprlib.repr(value)}.")
 
 
 def _vectors(*sizes: int) -> tuple[Matrix, ...]:

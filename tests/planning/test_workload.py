@@ -97,6 +97,8 @@ SIZES |= {"num_heads": 3, "vocab_size": 61, "context_length": 17}
     ("change", "words"),
     [
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+        ({"num_layers": 10**6}, "plans are made for up to 10000 layers, got 1000000"),
+        ({"hidden_size": 10**400}, r"hidden_size must be at most 2\^53, got 1000"),
         ({"num_heads": 4}, r"num_heads must divide hidden_size, got 15 = 3 x 4 \+ 3"),
         ({"num_kv_heads": 2}, "num_kv_heads must divide num_heads"),
         ({"family": "mamba"}, "family must be one of gpt, bert, llama, t5"),
@@ -131,6 +133,13 @@ def test_steps_that_cannot_run_are_refused(change: dict[str, Any], words: str):
         ({"model_type": "gpt2"} | GPT | {"n_head": "many"}, "n_head must be a positive integer, got 'many'"),
         ({"model_type": "gpt2", "n_embd": 16}, "holds no n_layer, which a gpt2 model needs"),
         ({"model_type": "llama"} | LLAMA | {"attention_bias": True}, "llama models with attention_bias"),
+        ({"model_type": "gpt2"} | GPT | {"add_cross_attention": True}, "gpt2 models with add_cross_attention"),
+        ({"model_type": "bert"} | BERT | {"add_cross_attention": True}, "bert models with add_cross_attention"),
+        ({"model_type": "gpt2"} | GPT | {"tie_word_embeddings": "false"}, "must be true or false, got 'false'"),
+        (
+            {"model_type": "llama"} | LLAMA | {"tie_word_embeddings": 0},
+            "tie_word_embeddings must be true or false, got 0",
+        ),
         ({"hidden_size": 3}, "no transformers model configuration: expected an object with a model_type"),
         ([1, 2], "no transformers model configuration"),
     ],
@@ -148,6 +157,10 @@ def test_names_that_lead_nowhere_are_refused_with_the_nearest_ones(tmp_path: Pat
         find_model(str(tmp_path / "broken.json"))
     with pytest.raises(ConfigError, match=r"no config.json in the folder"):
         find_model(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no model '~nouser/x': .* home directory"):
+        find_model("~nouser/x")
+    with pytest.raises(ConfigError, match=r"no model 'aaaaaaaaaaaa\.\.\.aaaaaaaaaaaaa': .* File name too long"):
+        find_model(5000 * "a")
     with pytest.raises(ConfigError, match="no such file or folder: './absent.json'"):
         find_model("./absent.json")
     with pytest.raises(ConfigError, match=r"Did you mean 'gpt-175b'.*Without network"):
