@@ -13,13 +13,17 @@ sorts its ranks: any other order would silently permute the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import reprlib
 from dataclasses import dataclass
 from functools import cached_property
 
 from hf_mics.errors import TopologyError
+from hf_mics.meter import Scope
 
 Group = tuple[int, ...]
+MOST_RANKS = 2**20
+"""The largest world_size that is taken for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class Topology:
     """The groups that `world_size` ranks on nodes of `node_size` form at `partition_size`.
 
     Args:
-        world_size: ranks in the job.
+        world_size: ranks in the job, at most `MOST_RANKS`.
         node_size: ranks on each node (k); every node has the same number.
         partition_size: ranks in a partition group (p). Divides `world_size`, and divides `node_size` or is a multiple
             of it. 1 is plain data parallelism, `world_size` is full sharding.
@@ -47,6 +51,7 @@ class Topology:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise TopologyError(f"{name} must be a positive integer, got {value!r}.")
         world, node, partition = self.world_size, self.node_size, self.partition_size
+        require_world_size(world)
         if world % node:
             raise TopologyError(
                 f"node_size must divide world_size, so that every node has as many ranks: got world_size {world} = "
@@ -136,36 +141,47 @@ class Topology:
         self.node_of(rank)
         return rank % self.partition_size
 
-    def edges_between_nodes(self, groups: Iterable[Group]) -> int:
-        """Directed ring edges of `groups` that leave a node, over all nodes.
+    def edges_per_node(self, scope: Scope) -> int:
+        """Directed edges that leave one node, of the rings in rank order over all groups of one kind.
 
-        A ring over a group in rank order moves the same bytes along every edge, so this number times the bytes per
-        edge is what leaves all nodes' network interfaces together.
+        A ring moves the same bytes along every edge, so this number times the bytes per edge is what leaves a node's
+        network interface.
         """
-        return sum(
-            self.node_of(rank) != self.node_of(following)
-            for group in groups
-            if len(group) > 1
-            for rank, following in zip(group, group[1:] + group[:1], strict=True)
-        )
+        spans = self.nodes_per_partition > 1
+        if scope == "partition":
+            return 1 if spans else 0
+        if scope == "inter_node":
+            return self.node_size if spans else 0
+        if scope == "replication" and self.replication_size > 1 and self.node_count > 1:
+            # A shard's ring visits every node that holds it once, whether or not it stays for several ranks.
+            return self._partition_ranks_per_node
+        return 0
 
-    def draw(self, max_nodes: int = 16) -> str:
+    def draw(self, max_nodes: int = 16, max_ranks: int = 32) -> str:
         """The layout as text: one row per node; `A0` is the rank with shard 0 of partition group A.
 
-        A column of equal digits across letters is a replication group. Rows beyond `max_nodes` are left out and said.
+        A column of equal digits across letters is a replication group. Rows beyond `max_nodes` and ranks of a node
+        beyond `max_ranks` are left out and said.
         """
-        cells = [f"{_letters(self.partition_index(r))}{self.shard_index(r)}" for r in range(self.world_size)]
-        width = max(map(len, cells))
-        label = len(f"node {self.node_count - 1}")
+        nodes, ranks = min(self.node_count, max_nodes), min(self.node_size, max_ranks)
+        cells = [[self._cell(node * self.node_size + local) for local in range(ranks)] for node in range(nodes)]
+        width = max(len(name) for row in cells for name, _ in row)
+        label = len(f"node {nodes - 1}")
+        more = f" ... and {self.node_size - ranks} more" if self.node_size > ranks else ""
         rows = []
-        for node in range(min(self.node_count, max_nodes)):
-            ranks = range(node * self.node_size, (node + 1) * self.node_size)
-            row = " ".join(cells[r].ljust(width) + (" |" if self._ends_group(r) else "  ") for r in ranks)
-            rows.append(f"{f'node {node}':<{label}}  | {row.rstrip()}")
+        for node, row in enumerate(cells):
+            text = " ".join(f"{name:<{width}}{' |' if ends else '  '}" for name, ends in row)
+            rows.append(f"{f'node {node}':<{label}}  | {text.rstrip()}{more}")
         if self.node_count > max_nodes:
             rows.append(f"... and {self.node_count - max_nodes} more nodes")
         rows.append(self._legend())
         return "\n".join(rows)
+
+    def _cell(self, rank: int) -> tuple[str, bool]:
+        """(a rank's name in the drawing, whether its group ends with it, there or on its node)."""
+        shard = self.shard_index(rank)
+        ends = shard == self.partition_size - 1 or (rank + 1) % self.node_size == 0
+        return f"{_letters(self.partition_index(rank))}{shard}", ends
 
     def _legend(self) -> str:
         letters = ", ".join(_letters(i) for i in range(min(self.replication_size, 3)))
@@ -177,15 +193,21 @@ class Topology:
             f"the {self.replication_size} ranks with one digit form a replication group"
         )
 
-    def _ends_group(self, rank: int) -> bool:
-        return self.shard_index(rank) == self.partition_size - 1 or (rank + 1) % self.node_size == 0
-
 
 def valid_partition_sizes(world_size: int, node_size: int) -> tuple[int, ...]:
     """Every partition size that `Topology` accepts for these sizes, ascending."""
-    return tuple(
-        p for p in range(1, world_size + 1) if world_size % p == 0 and (node_size % p == 0 or p % node_size == 0)
-    )
+    small = [p for p in range(1, math.isqrt(world_size) + 1) if world_size % p == 0]
+    divisors = sorted({*small, *(world_size // p for p in small)})
+    return tuple(p for p in divisors if node_size % p == 0 or p % node_size == 0)
+
+
+def require_world_size(world_size: int) -> None:
+    """Raises TopologyError if there are more ranks than any job has; whoever walks them would not come back."""
+    if world_size > MOST_RANKS:
+        raise TopologyError(
+            f"world_size must be at most {MOST_RANKS} ranks, got {reprlib.repr(world_size)}: correct the number of "
+            "nodes, or of ranks on each."
+        )
 
 
 def _letters(index: int) -> str:

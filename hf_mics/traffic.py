@@ -8,12 +8,12 @@ the gradient norm's few bytes, and everything the user's script sends itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from hf_mics.meter import Key, Phase, Tally
-from hf_mics.topology import Group, Topology
+from hf_mics.topology import Topology
 
 Backend = Literal["nccl", "gloo"]
 
@@ -111,18 +111,12 @@ def node_bytes(topology: Topology, tallies: Mapping[Key, Tally], *, backend: Bac
     ring takes (p-1)/p. Of two-stage collectives, the stage between nodes crosses as a whole, the one inside not at all.
     """
     p, k = topology.partition_size, topology.node_size
-    groups = {
-        "partition": topology.partition_groups,
-        "inter_node": topology.inter_node_groups,
-        "intra_node": (),
-        "replication": topology.replication_groups,
-    }
     total = 0.0
     for (phase, scope), tally in tallies.items():
         if backend == "gloo" and (phase, scope) == ("reduce_scatter", "partition"):
             total += tally.bytes_sent * k * max(0, p - k) / (p - 1)
         else:
-            total += tally.bytes_sent * _edges_per_node(topology, groups[scope])
+            total += tally.bytes_sent * topology.edges_per_node(scope)
     return total
 
 
@@ -135,7 +129,3 @@ def _staged_bytes(size: int, p: int, m: int) -> tuple[int, int]:
     """(between nodes, inside the node) bytes that one rank sends to gather or scatter `size` bytes in two stages."""
     shard, k = size // p, p // m
     return (m - 1) * shard, m * (k - 1) * shard
-
-
-def _edges_per_node(topology: Topology, groups: Iterable[Group]) -> float:
-    return topology.edges_between_nodes(groups) / topology.node_count

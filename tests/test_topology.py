@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from itertools import product
 
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mics.errors import TopologyError
-from hf_mics.topology import Topology, valid_partition_sizes
+from hf_mics.meter import Scope
+from hf_mics.topology import MOST_RANKS, Group, Topology, valid_partition_sizes
 
 
 @st.composite
@@ -85,23 +87,36 @@ def test_the_papers_traffic_factors_fall_out_of_the_groups(t: Topology):
     k (m-1)/p = (p-k)/p.
     """
     p, k, m = t.partition_size, t.node_size, t.nodes_per_partition
-    flat_edges = Fraction(t.edges_between_nodes(t.partition_groups), t.node_count)
-    staged_edges = Fraction(t.edges_between_nodes(t.inter_node_groups), t.node_count)
-    flat, staged = flat_edges * Fraction(p - 1, p), staged_edges * Fraction(m - 1, p)
+    flat = t.edges_per_node("partition") * Fraction(p - 1, p)
+    staged = t.edges_per_node("inter_node") * Fraction(m - 1, p)
     if m == 1:
         assert flat == staged == 0, "a group inside a node sends nothing between nodes"
     else:
         assert flat == Fraction(p - 1, p)
         assert staged == Fraction(p - k, p)
         assert staged <= flat
-    assert t.edges_between_nodes(t.intra_node_groups) == 0
+    assert t.edges_per_node("intra_node") == 0
 
 
-@given(topologies())
-def test_edges_between_nodes_agree_with_a_direct_count(t: Topology):
-    for groups in (t.partition_groups, t.replication_groups, t.inter_node_groups):
-        edges = [(g[i], g[(i + 1) % len(g)]) for g in groups for i in range(len(g)) if len(g) > 1]
-        assert t.edges_between_nodes(groups) == sum(a // t.node_size != b // t.node_size for a, b in edges)
+def test_edges_that_leave_a_node_agree_with_a_walk_along_every_ring():
+    """Of every node, in every layout of up to 6 nodes of up to 12 ranks."""
+    for node_size, nodes in product(range(1, 13), range(1, 7)):
+        for p in valid_partition_sizes(node_size * nodes, node_size):
+            t = Topology(world_size=node_size * nodes, node_size=node_size, partition_size=p)
+            kinds: dict[Scope, tuple[Group, ...]] = {
+                "partition": t.partition_groups,
+                "replication": t.replication_groups,
+                "inter_node": t.inter_node_groups,
+                "intra_node": t.intra_node_groups,
+            }
+            for scope, groups in kinds.items():
+                leaving = Counter(
+                    t.node_of(rank)
+                    for group in groups
+                    for rank, following in zip(group, group[1:] + group[:1], strict=True)
+                    if t.node_of(rank) != t.node_of(following)
+                )
+                assert {leaving[node] for node in range(nodes)} == {t.edges_per_node(scope)}, (t, scope)
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 70))
@@ -164,6 +179,16 @@ def test_the_drawing_shows_every_rank_once_on_its_node(t: Topology):
         assert tuple(rank for rank, digit in enumerate(shards) if digit == shard) == group
     told = f"the {t.replication_size} ranks with one digit" if t.replication_size > 1 else "no replicas"
     assert told in legend
+
+
+def test_sizes_that_no_job_has_are_refused_and_the_largest_is_drawn_in_few_characters():
+    with pytest.raises(TopologyError, match="at most 1048576 ranks, got 8000000000: correct the number of nodes"):
+        Topology(world_size=8 * 10**9, node_size=8, partition_size=8)
+    for node_size in (8, MOST_RANKS):
+        largest = Topology(world_size=MOST_RANKS, node_size=node_size, partition_size=node_size)
+        assert len(largest.draw()) < 5000
+    assert largest.draw().splitlines()[0].endswith(" A31 ... and 1048544 more")
+    assert len(valid_partition_sizes(MOST_RANKS, 8)) == 21
 
 
 def test_the_drawing_of_groups_inside_a_node():

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.meter import Phase
+from hf_mics.topology import require_world_size
 from hf_mics.traffic import Backend
 
 Lane = Literal["intra_node", "inter_node"]
@@ -145,6 +146,7 @@ class Cluster:
 
     Raises:
         ConfigError: a count that is not a positive integer, an efficiency above 1, or several nodes without a link.
+        TopologyError: more GPUs than any job has.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Cluster:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{self.name}: {name} must be a positive integer, got {value!r}.")
+        require_world_size(self.world_size)
         for name in ("compute_efficiency", "head_efficiency"):
             efficiency = getattr(self, name)
             if efficiency is not None and not 0 < efficiency.low <= efficiency.high <= 1:

@@ -16,7 +16,7 @@ from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
 from hf_mics.planning.step_traffic import PhaseTraffic, phase_traffic
 from hf_mics.planning.timing import StepTime, System, predict, predict_at, time_notes
 from hf_mics.planning.workload import Workload
-from hf_mics.topology import Topology, valid_partition_sizes
+from hf_mics.topology import MOST_RANKS, Topology, valid_partition_sizes
 
 GB = 1e9
 # CUDA's context and NCCL's buffers beyond what the decimal GB of data sheets leave, workspaces, and fragmentation.
@@ -322,7 +322,8 @@ def _fits_nowhere(request: Request, candidates: list[Candidate]) -> str:
 def _enough_nodes(request: Request) -> int | None:
     """The number of nodes, by doubling, on which it fits."""
     nodes = 2 * request.cluster.nodes
-    while nodes <= _MOST_NODES and request.cluster.inter_node is not None:
+    most = min(_MOST_NODES, MOST_RANKS // request.cluster.gpus_per_node)
+    while nodes <= most and request.cluster.inter_node is not None:
         larger = replace(request, cluster=request.cluster.with_nodes(nodes))
         if any(_fitting_size(larger, p) for p in partition_sizes(request.system, larger.cluster)):
             return nodes

@@ -15,7 +15,7 @@ from hf_mics.planning.memory import peak_memory
 from hf_mics.planning.plan import DEFAULT_RESERVE_BYTES
 from hf_mics.planning.timing import FSDP2, Implementation, StepTime, System, predict
 from hf_mics.planning.workload import Workload
-from hf_mics.topology import Topology, valid_partition_sizes
+from hf_mics.topology import Topology, require_world_size, valid_partition_sizes
 
 Scaling = Literal["weak", "strong"]
 
@@ -68,9 +68,11 @@ def sizes_between(smallest: int, largest: int) -> list[int]:
 
     Raises:
         ConfigError: not positive, or in the wrong order.
+        TopologyError: more GPUs than any job has.
     """
     if not 0 < smallest <= largest:
         raise ConfigError(f"GPUs must run from a positive number up, got {smallest} to {largest}.")
+    require_world_size(largest)
     sizes = [smallest]
     while sizes[-1] * 2 <= largest:
         sizes.append(sizes[-1] * 2)

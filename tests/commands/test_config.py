@@ -67,6 +67,7 @@ def test_what_was_asked_for_is_written(capsys: pytest.CaptureFixture[str]):
         ((2, 8, 3), "partition_size must divide world_size: got world_size 16 = 5 x 3 + 1"),
         ((3, 8, 12), "partition_size must divide node_size or be a multiple of it"),
         ((0, 8, 8), "nodes must be a positive integer, got 0"),
+        ((10**9, 8, 8), "world_size must be at most 1048576 ranks, got 8000000000"),
         ((1, 8, -8), "partition_size must be a positive integer, got -8"),
     ],
 )
@@ -172,6 +173,7 @@ def sizes(**values: Any) -> dict[str, Any]:
         (changed(None, dynamo_config={"use": True}), "dynamo_config: unknown key use, read as dynamo_use"),
         (changed(None, mixed_precision="fp8"), "fp8 is not supported"),
         (changed(None, num_processes=15), "must be a multiple of num_machines: got 15 and 2"),
+        (changed(None, num_processes=10**9), "world_size must be at most 1048576 ranks, got 1000000000"),
         (changed(None, num_processes=...), "no num_processes"),
         (changed(None, num_machines="two"), "num_machines must be a positive integer, got 'two'"),
         (changed(None, fsdp_config=...), "no fsdp_config"),

@@ -122,6 +122,7 @@ def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.Capt
         (["--micro-batch", "0"], "micro_batch must be a positive integer, got 0"),
         (["--accumulation", "-4"], "accumulation must be a positive integer, got -4"),
         (["--nodes", "0"], "nodes must be a positive integer, got 0"),
+        (["--nodes", "1000000000"], "world_size must be at most 1048576 ranks, got 8000000000"),
         (["--seq-length", "4096"], "context of 512 tokens, got 4096"),
         (["--world-size", "33"], "expected 4 x 8 = 32, got 33"),
         (["--price-per-hour", "-1"], "--price-per-hour must be a positive number, got -1.0"),
