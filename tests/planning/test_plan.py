@@ -20,20 +20,31 @@ def request(model: str, instance: str, nodes: int, **other: Any) -> Request:
     return Request(workload=workload, cluster=instance_cluster(instance, nodes))
 
 
+# What the flags do not say, of a GPT.
+LONG = {"seq_length": 2048, "micro_batch": 1, "accumulation": 1, "precision": "bf16"}
+
+
 # The groups that are remembered of the MiCS evaluation on p3dn.24xlarge (docs/planning.md says how far that goes), and
 # GPT 100B on 512 A100 of 40 GB: 16 bytes of state for each of 100e9 parameters are 25 GB at 64 GPUs, before any buffer.
 @pytest.mark.parametrize(
-    ("model", "instance", "nodes", "expected"),
+    ("model", "instance", "nodes", "settings", "expected"),
     [
-        ("bert-10b", "p3dn.24xlarge", 16, 8),
-        ("bert-15b", "p3dn.24xlarge", 16, 16),
-        ("bert-20b", "p3dn.24xlarge", 16, 16),
-        ("bert-50b", "p3dn.24xlarge", 16, 64),
-        ("gpt-100b", "p4d.24xlarge", 64, 128),
+        *(
+            (model, "p3dn.24xlarge", 16, {"accumulation": steps}, expected)
+            for model, expected in {"bert-10b": 8, "bert-15b": 16, "bert-20b": 16, "bert-50b": 64}.items()
+            for steps in (1, 4)
+        ),
+        ("gpt-100b", "p4d.24xlarge", 64, {}, 128),
+        ("gpt-100b", "p4d.24xlarge", 64, LONG | {"micro_batch": 2, "accumulation": 4}, 128),
+        ("gpt-100b", "p4d.24xlarge", 64, LONG | {"micro_batch": 2}, 128),
+        ("gpt-100b", "p4d.24xlarge", 64, LONG | {"accumulation": 4}, 128),
+        ("gpt-100b", "p4d.24xlarge", 64, LONG, 64),
     ],
 )
-def test_the_choice_is_the_smallest_group_that_holds_the_model(model: str, instance: str, nodes: int, expected: int):
-    plan = make_plan(request(model, instance, nodes))
+def test_the_choice_is_the_smallest_group_that_holds_the_model(
+    model: str, instance: str, nodes: int, settings: dict[str, Any], expected: int
+):
+    plan = make_plan(request(model, instance, nodes, **settings))
     assert plan.choice.partition_size == expected
     fitting = [candidate.partition_size for candidate in plan.candidates if candidate.fits]
     assert min(fitting) == expected
