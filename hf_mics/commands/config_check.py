@@ -106,8 +106,8 @@ def _values_of_the_launch(config: Config) -> Iterator[str]:
     if port is not None and (type(port) is not int or port not in range(2**16)):
         yield f"main_process_port must be a number from 0 to 65535, without quotes, got {port!r}"
     dynamo = section(config, "dynamo_config")
-    backend = dynamo.get("dynamo_backend", "no")
-    if not isinstance(backend, str) or backend.upper() not in [*DynamoBackend]:
+    backend = dynamo.get("dynamo_backend")
+    if backend is not None and (not isinstance(backend, str) or backend.upper() not in [*DynamoBackend]):
         names = ", ".join(name.lower() for name in [*DynamoBackend][1:])
         yield f"dynamo_config: dynamo_backend must be 'no' in quotes, or one of {names}; got {backend!r}"
     mode = dynamo.get("dynamo_mode", "default")

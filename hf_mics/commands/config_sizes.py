@@ -72,7 +72,7 @@ class Sizes:
         try:
             groups = Topology(world_size=processes, node_size=node_size, partition_size=shard or node_size)
         except TopologyError as error:
-            self.mistakes.append(f"dp_shard_size is the partition_size: {error}" if shard else str(error))
+            self.mistakes.append(f"{error} (dp_shard_size is the partition_size.)" if shard else str(error))
             return
         if shard is None:
             self.notes.append(f"no dp_shard_size: a node of {node_size} is the partition group")
@@ -87,7 +87,7 @@ class Sizes:
     def _check_other_parallelism(self, parallel: Config) -> None:
         for name in _OTHER_PARALLELISM:
             value = parallel.get(PARALLEL + name, 1)
-            if int_or_none(value) != 1:
+            if type(value) is not int or value != 1:
                 self.mistakes.append(f"{PARALLEL}{name} is {value!r}: MiCS shards data parallelism only, leave it out")
 
     def _optional_count(self, parallel: Config, name: str) -> int | None:

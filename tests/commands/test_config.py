@@ -259,6 +259,7 @@ def test_every_mistake_is_found_before_launch(
             "dynamo_backend must be 'no' in quotes, or one of eager",
         ),
         (changed(None, dynamo_backend=False), "dynamo_backend must be 'no' in quotes"),
+        (sizes(cp_size="1"), "parallelism_config_cp_size is '1': MiCS shards data parallelism only, leave it out"),
         (changed(None, num_machines="2"), "num_machines must be a number without quotes, got '2'"),
         (changed(None, num_processes="16"), "num_processes must be a number without quotes, got '16'"),
     ],
@@ -313,6 +314,7 @@ def test_a_good_config_is_explained(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (changed(None, use_cpu=True), "use_cpu does not reach FSDP's processes"),
         (changed(None, main_process_ip=...), "no main_process_ip"),
+        (changed(None, dynamo_config={"dynamo_backend": None}), "no mistakes found"),
         (changed(None, mixed_precision="no"), "fp32 computes and communicates in 4 bytes"),
         (changed("fsdp_config", fsdp_sharding_strategy="HYBRID_SHARD"), "HYBRID_SHARD says nothing to version 2"),
         (changed("fsdp_config", fsdp_state_dict_type="FULL_STATE_DICT"), "gathers the whole model on rank 0"),
