@@ -32,12 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
         target = target[1:]
     if not target:
         parser.error(f"no script given. Usage: {_USAGE}")
+    if not as_module and not os.path.exists(target[0]):
+        parser.error(f"can't open script {target[0]!r}: no such file (searched from {os.getcwd()}).")
     try:
         # Before the module is looked for, which imports its package, which may import Accelerator.
         _put_mics_in_place(options)
     except ConfigError as error:
         parser.error(str(error))
-    _check_exists(parser, target[0], as_module)
+    if as_module:
+        _check_module_exists(parser, target[0])
     sys.argv = target
     _start_tracebacks_in_script()
     if as_module:
@@ -63,17 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_exists(parser: argparse.ArgumentParser, target: str, as_module: bool) -> None:
-    if as_module:
-        sys.path[0] = os.getcwd()
-        try:
-            found = importlib.util.find_spec(target) is not None
-        except ModuleNotFoundError:
-            found = False
-        if not found:
-            parser.error(f"no module named {target!r} on the path (searched from {os.getcwd()}).")
-    elif not os.path.exists(target):
-        parser.error(f"can't open script {target!r}: no such file (searched from {os.getcwd()}).")
+def _check_module_exists(parser: argparse.ArgumentParser, module: str) -> None:
+    sys.path[0] = os.getcwd()
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        parser.error(f"no module named {module!r} on the path (searched from {os.getcwd()}).")
 
 
 def _put_mics_in_place(options: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def _start_tracebacks_in_script() -> None:
         while first is not None and first.tb_frame.f_code.co_filename in ours:
             first = first.tb_next
         # The interpreter's own hook prints what hangs on the exception, not what it is handed.
-        original(kind, error.with_traceback(first or trace), first or trace)
+        original(kind, error.with_traceback(first), first)
 
     sys.excepthook = excepthook
 

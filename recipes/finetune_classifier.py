@@ -23,7 +23,7 @@ from hf_mics.pretraining.arguments import RecipeArguments
 from hf_mics.pretraining.classifiers import load_classifier, tokenize
 from hf_mics.pretraining.labels import LabelledArguments, load_labelled
 from hf_mics.pretraining.objective import classification_metrics, mean_cross_entropy, predictions
-from hf_mics.pretraining.ranks import main_process_first
+from hf_mics.pretraining.ranks import main_process_first, make_output_dir, mistakes_told_once
 from hf_mics.pretraining.results import finish
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     """Trains, evaluates, logs, saves."""
     parser = HfArgumentParser((LabelledArguments, ClassifierArguments, RunArguments))
     data_args, args, run_args = parser.parse_args_into_dataclasses()
+    make_output_dir(run_args.output_dir)
     data = main_process_first(partial(load_labelled, data_args))
     set_seed(run_args.seed)
     model, tokenizer = load_classifier(args.model_name_or_path, data.train["text"], data.names)
@@ -84,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_told_once():
+        main()

@@ -21,6 +21,7 @@ from hf_mics.pretraining.arguments import RecipeArguments
 from hf_mics.pretraining.blocks import BlockArguments, build_model, prepare_blocks
 from hf_mics.pretraining.masking import CountEpochs, MaskingArguments, mask_once, masking_collator
 from hf_mics.pretraining.objective import masked_token_metrics, mean_cross_entropy, predictions_and_losses
+from hf_mics.pretraining.ranks import make_output_dir, mistakes_told_once
 from hf_mics.pretraining.results import finish
 from hf_mics.pretraining.text import TextArguments
 
@@ -37,7 +38,10 @@ class RunArguments(RecipeArguments):
     """The Trainer's own flags, with defaults for the default run."""
 
     output_dir: str = field(default="runs/bert", metadata={"help": "Model, plot, logs and checkpoints."})
-    max_steps: int = field(default=600, metadata={"help": "Optimizer steps, those of a resumed run included."})
+    max_steps: int = field(
+        default=600,
+        metadata={"help": "Optimizer steps, those of a resumed run included; -1: by --num_train_epochs."},
+    )
     learning_rate: float | None = field(default=None, metadata={"help": "Peak; default: what suits the model."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "What the learning rate does after warm-up."})
     per_device_train_batch_size: int = field(
@@ -54,9 +58,10 @@ def main() -> None:
     """Trains, evaluates, logs, saves."""
     parser = HfArgumentParser((TextArguments, BertArguments, MaskingArguments, RunArguments))
     text_args, args, mask_args, run_args = parser.parse_args_into_dataclasses()
+    make_output_dir(run_args.output_dir)
     blocks = prepare_blocks(args, text_args, "masked", run_args.seed, with_offsets=mask_args.whole_word_mask)
     collator = masking_collator(blocks.tokenizer, mask_args, run_args.seed)
-    run_args.learning_rate = run_args.learning_rate or blocks.learning_rate
+    run_args.learning_rate = blocks.learning_rate if run_args.learning_rate is None else run_args.learning_rate
     run_args.remove_unused_columns = False  # the collator needs them all
     set_seed(run_args.seed)
     model = build_model(AutoModelForMaskedLM, blocks.config)
@@ -83,4 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_told_once():
+        main()

@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_co
 from hf_mics import MiCSAccelerator
 from hf_mics.errors import ConfigError
 from hf_mics.loss_watch import LossWatch
+from hf_mics.pretraining.arguments import require_at_least
 from hf_mics.pretraining.blocks import BlockArguments, Blocks, build_model, prepare_blocks
 from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
 from hf_mics.pretraining.metrics import load_metric
 from hf_mics.pretraining.plot import plot_losses
-from hf_mics.pretraining.ranks import broadcast_from_main
+from hf_mics.pretraining.ranks import broadcast_from_main, make_output_dir, mistakes_told_once
 from hf_mics.pretraining.text import TextArguments
 from hf_mics.throughput import flops_per_token, throughput_metrics
 
@@ -47,13 +48,20 @@ class PretrainArguments(BlockArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "Peak; default: the preset's, or 3e-4."})
     warmup_steps: int = field(default=20, metadata={"help": "Optimizer steps of linear warm-up before the cosine."})
     weight_decay: float = field(default=0.1, metadata={"help": "Of matrices; norms and biases have none."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: not at all."})
     logging_steps: int = field(default=10, metadata={"help": "Log every so many optimizer steps; 0: only the first."})
     eval_steps: int = field(default=100, metadata={"help": "Evaluate every so many steps (0: never), and at the end."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many optimizer steps; 0: never."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint folder, or 'latest'."})
     report_to: str = field(default="tensorboard", metadata={"help": "Any tracker of Accelerate's, 'all' or 'none'."})
     seed: int = field(default=0, metadata={"help": "Of the weights and of the order of the data."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = {"max_steps": self.max_steps, "gradient_accumulation_steps": self.gradient_accumulation_steps}
+        require_at_least(1, **steps, per_device_train_batch_size=self.per_device_train_batch_size)
+        require_at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        require_at_least(0, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
 
 
 @torch.no_grad()
@@ -88,7 +96,8 @@ def build_optimizer(args: PretrainArguments, model, suitable_learning_rate: floa
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate or suitable_learning_rate, betas=(0.9, 0.95))
+    learning_rate = suitable_learning_rate if args.learning_rate is None else args.learning_rate
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
     return optimizer, get_scheduler("cosine", optimizer, args.warmup_steps, args.max_steps)
 
 
@@ -124,7 +133,7 @@ def optimizer_steps(accelerator, model, optimizer, scheduler, loader, progress: 
                 loss = model(**batch, labels=batch["input_ids"]).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
                     watch.check(progress.step + 1)  # ends every rank if a loss was not finite
                 optimizer.step()
                 optimizer.zero_grad()
@@ -162,6 +171,7 @@ def main() -> None:
     """Trains, evaluates, logs, saves."""
     text_args, args = HfArgumentParser((TextArguments, PretrainArguments)).parse_args_into_dataclasses()
     output_dir, accelerator = Path(args.output_dir), make_accelerator(args)
+    make_output_dir(output_dir)
     resume_from, skipped = None, ""
     if args.resume_from_checkpoint:
         resume_from, skipped = broadcast_from_main(partial(find_checkpoint, args.resume_from_checkpoint, output_dir))
@@ -235,4 +245,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_told_once():
+        main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hf_mics.checkpoint.check import check_folder
@@ -57,10 +59,13 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one without this model.
-        ConfigError: `out` is there already, or `max_shard_size` is given for an adapter.
+        ConfigError: `out` is there already or cannot be written, or `max_shard_size` is no size, or of an adapter.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; expected a new or empty folder. Choose another, or remove it.")
+    if out.is_symlink() or out.is_mount() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ConfigError(
+            f"{out} exists already; expected a new or empty folder, no link and no mount point, which cannot be "
+            f"replaced when all is written. Choose another, as {out / 'model'}, or remove it."
+        )
     mark = check_folder(checkpoint)
     described, load = _source(checkpoint, model_index)
     note = mark.models[model_index] if mark and model_index < len(mark.models) else None
@@ -75,14 +80,15 @@ def export_checkpoint(
         described = {name: described[name] for name in renamed}
         max_shard_size = max(1, sum(tensor.nbytes for tensor in described.values()))
     largest = max((tensor.nbytes for tensor in described.values()), default=0)
-    split = split_torch_state_dict_into_shards(
-        described,
-        filename_pattern="adapter_model{suffix}.safetensors" if is_adapter else "model{suffix}.safetensors",
-        max_shard_size=max_shard_size or max(largest, SMALLEST_SHARD_BYTES),
-    )
-    start_saving(out)
-    folder = staging_folder(out)
+    size = max(largest, SMALLEST_SHARD_BYTES) if max_shard_size is None else max_shard_size
+    pattern = "adapter_model{suffix}.safetensors" if is_adapter else "model{suffix}.safetensors"
     try:
+        split = split_torch_state_dict_into_shards(described, filename_pattern=pattern, max_shard_size=size)
+    except ValueError as error:
+        raise ConfigError(f"--max-shard-size must be bytes or a size as 5GB, got {size!r}: {error}") from None
+    try:
+        start_saving(out)
+        folder = staging_folder(out)
         for file_name, names in split.filename_to_tensors.items():
             tensors = {name: t.reshape(()) if name in scalars else t for name, t in load(names).items()}
             tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
@@ -97,8 +103,11 @@ def export_checkpoint(
         if out.exists():
             out.rmdir()
         folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {out}: {error}. Choose a folder on a disk with space.") from error
     finally:
-        discard(out)
+        with contextlib.suppress(OSError):
+            discard(out)
     loads_with = "PeftModel.from_pretrained" if is_adapter else "from_pretrained" if has_config else "safetensors"
     return Exported(
         tensors=len(described),

@@ -85,7 +85,7 @@ def _make_mark(
 
 def _after_failure(target: Path, what: str, reason: str) -> str:
     """Removes what was written; returns the whole story."""
-    usage = shutil.disk_usage(target.parent if target.parent.is_dir() else Path("/"))
+    usage = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.is_dir()))
     discard(target)
     known = find_checkpoints(target.parent, target.name.rstrip("0123456789")).complete
     return (

@@ -1,4 +1,4 @@
-"""Which defaults of the Trainer's flags suit every recipe? All of them can still be set on the command line."""
+"""Which defaults of the Trainer's flags suit every recipe, and which values does none take?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from hf_mics.errors import ConfigError
 
 
 @dataclass
@@ -28,7 +30,23 @@ class RecipeArguments(TrainingArguments):
         default=torch.accelerator.is_available(), metadata={"help": "Copy batches to GPUs from pinned memory."}
     )
 
+    def __post_init__(self) -> None:
+        require_at_least(1, gradient_accumulation_steps=self.gradient_accumulation_steps)
+        require_at_least(0, weight_decay=self.weight_decay, learning_rate=self.learning_rate)
+        super().__post_init__()
+
     @property
     def resume_from(self) -> str | bool | None:
         """What `Trainer.train` takes: a checkpoint's folder, or True for the newest complete one ("latest")."""
         return True if self.resume_from_checkpoint == "latest" else self.resume_from_checkpoint
+
+
+def require_at_least(least: float, **values: float | None) -> None:
+    """Checks the flags `values`, by name; None stands for a default.
+
+    Raises:
+        ConfigError: one is less than `least`.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ConfigError(f"--{name} must be at least {least:g}, got {value}.")

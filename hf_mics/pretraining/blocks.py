@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mics.errors import ConfigError
 from hf_mics.presets import Task, find_preset, load_model_config
@@ -83,9 +83,11 @@ def prepare_blocks(
     else:
         preset = find_preset(arguments.preset, task)
         config, learning_rate = preset.config(), preset.learning_rate
+    if task == "causal" and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        config.is_decoder = True  # BERT and its kin would see the tokens that they are to predict
     text = main_process_first(partial(load_text, text_arguments))
     documents = iterate_documents(text["train"], text_arguments.text_column)
-    vocab_size = arguments.vocab_size or config.vocab_size
+    vocab_size = config.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     tokenizer = load_or_train_tokenizer(arguments.tokenizer, documents, TOKENIZER_KINDS[task], vocab_size)
     if task == "masked" and tokenizer.mask_token is None:
         raise ConfigError(

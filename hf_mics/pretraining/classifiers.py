@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_mics.checkpoint.mark import MARK_NAME
 from hf_mics.errors import ConfigError
 from hf_mics.presets import find_preset
 from hf_mics.pretraining.blocks import build_model, context_length
@@ -61,10 +64,12 @@ def _load_pretrained(
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        is_checkpoint = Path(name_or_path, MARK_NAME).is_file()
+        hint = f"It is a training checkpoint: `hf-mics export {name_or_path} FOLDER`, then take FOLDER. "
         raise ConfigError(
             f"No model to fine-tune: expected a folder that save_pretrained wrote or a name on the Hugging Face hub, "
-            f"got {name_or_path!r}. Cause: {error}"
+            f"got {name_or_path!r}. {hint if is_checkpoint else ''}Cause: {error}"
         ) from None
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(

@@ -54,7 +54,9 @@ def load_labelled(arguments: LabelledArguments) -> LabelledText:
     rows = {}
     for split in ("train", "validation"):
         numbers = _numbers(splits[split][arguments.label_column], names, split)
-        rows[split] = Dataset.from_dict({"text": splits[split][arguments.text_column], "label": numbers})
+        # A missing text is an empty one, as in pretraining.
+        texts = [text or "" for text in splits[split][arguments.text_column]]
+        rows[split] = Dataset.from_dict({"text": texts, "label": numbers})
     return LabelledText(rows["train"], rows["validation"], names)
 
 

@@ -31,12 +31,14 @@ def mean_cross_entropy(
     Args:
         outputs: of the model, with `logits` of shape (..., classes).
         labels: one per row of logits; -100 where there is none.
-        num_items_in_batch: labels of all micro-steps and all processes together; default those of `labels`.
+        num_items_in_batch: labels of all micro-steps and all processes together; default those of `labels`. Where there
+            are none, the loss is 0.
         label_smoothing: how much of each label's weight is spread over all classes.
     """
     logits = outputs.logits.flatten(0, -2).float()
     total = cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
-    return total / (labels.ne(IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    items = labels.ne(IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    return total / items.to(total.device).clamp(min=1)
 
 
 def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,7 +125,7 @@ def load_or_train_tokenizer(
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No tokenizer: expected a folder with tokenizer files or a name on the Hugging Face hub, got "
-                f"{name_or_path!r}. Leave the tokenizer out to train one on the corpus. Cause: {error}"
+                f"{name_or_path!r}. Without one it is trained on the corpus. Cause: {error}"
             ) from None
 
     return broadcast_from_main(build)

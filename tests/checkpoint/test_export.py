@@ -123,16 +123,22 @@ def test_what_cannot_be_exported_is_one_message_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     good = saved[0] / "gpt2_sharded"
     for checkpoint, out, expected in [
         (tmp_path / "nowhere", tmp_path / "out", "no checkpoint at"),
         (tmp_path / "empty", tmp_path / "out", "is empty"),
         (good, tmp_path / "taken", "exists already"),
+        (good, tmp_path / "link", "no link and no mount point"),
+        (good, tmp_path / "taken" / "file" / "below", "cannot write"),
     ]:
         assert main(["export", str(checkpoint), str(out)]) == 2
         said = capsys.readouterr().err
         assert expected in said
         assert said.count("\n") == 1
+    for size in ("abc", "0", "5XB"):
+        assert main(["export", str(good), str(tmp_path / "out"), "--max-shard-size", size]) == 2
+        assert "--max-shard-size must be bytes or a size as 5GB" in capsys.readouterr().err
     assert main(["export", str(good), str(tmp_path / "out"), "--model-index", "1"]) == 2
     assert "no state of model 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_mics.errors import ConfigError
 from hf_mics.pretraining.arguments import RecipeArguments
+from recipes.pretrain_gpt import PretrainArguments
 
 
 def parse(tmp_path: Path, *flags: str) -> RecipeArguments:
@@ -39,3 +41,24 @@ def test_defaults_can_be_set(tmp_path: Path):
 def test_latest_is_the_newest_complete_checkpoint(tmp_path: Path, flags: tuple[str, ...], expected: str | bool | None):
     arguments = parse(tmp_path, *(("--resume_from_checkpoint", *flags) if flags else ()))
     assert arguments.resume_from == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"),
+    [
+        ("gradient_accumulation_steps", 0, 1),
+        ("max_steps", 0, 1),
+        ("per_device_train_batch_size", -2, 1),
+        ("max_grad_norm", -1.0, 0),
+        ("learning_rate", -1e-3, 0),
+        ("learning_rate", float("nan"), 0),
+        ("weight_decay", -0.1, 0),
+        ("warmup_steps", -1, 0),
+    ],
+)
+def test_values_that_train_nothing_or_uphill_are_refused(tmp_path: Path, flag: str, value: float, least: int):
+    with pytest.raises(ConfigError, match=f"--{flag} must be at least {least}, got"):
+        PretrainArguments(**{flag: value})
+    if flag in ("gradient_accumulation_steps", "learning_rate", "weight_decay"):
+        with pytest.raises(ConfigError, match=f"--{flag} must be at least {least}, got"):
+            parse(tmp_path, f"--{flag}", str(value))

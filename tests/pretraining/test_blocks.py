@@ -135,3 +135,13 @@ def test_a_model_without_the_head_is_refused():
         build_model(AutoModelForMaskedLM, GPT2Config(n_embd=12, n_head=2, n_layer=1))
     with pytest.raises(ConfigError, match=r"A 'vit' model has no head for AutoModelForCausalLM"):
         build_model(AutoModelForCausalLM, AutoConfig.for_model("vit"))
+
+
+def test_an_encoder_that_is_trained_as_a_causal_model_does_not_see_what_it_predicts(text, tmp_path: Path):
+    blocks = prepare(text, "causal", BertConfig(vocab_size=300, max_position_embeddings=16, **TINY), tmp_path)
+    model = build_model(AutoModelForCausalLM, blocks.config).eval()
+    ids = torch.tensor(blocks.train[0]["input_ids"])[None]
+    changed = ids.clone()
+    changed[:, 8:] = 5
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[:, :8], model(changed).logits[:, :8])

@@ -104,6 +104,9 @@ def test_what_cannot_be_fine_tuned_is_refused(tmp_path: Path):
     train_wordpiece(TEXTS * 5, 80).save_pretrained(tmp_path / "only")
     with pytest.raises(ConfigError, match=r"No model to fine-tune.*only"):
         load_classifier(str(tmp_path / "only"), (), NAMES)
+    (tmp_path / "only" / "mics_checkpoint.json").touch()
+    with pytest.raises(ConfigError, match=r"It is a training checkpoint: `hf-mics export .*only FOLDER`"):
+        load_classifier(str(tmp_path / "only"), (), NAMES)
     train_wordpiece(TEXTS * 5, 80).save_pretrained(tmp_path / "vit")
     ViTForImageClassification(
         ViTConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)

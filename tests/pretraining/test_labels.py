@@ -99,6 +99,12 @@ def test_wrong_labels_are_refused_with_their_place(tmp_path: Path, train, valida
         load(tmp_path, train, validation, **flags)
 
 
+def test_a_missing_text_is_an_empty_one(tmp_path: Path):
+    path = write(tmp_path / "train.jsonl", ["a", "b"], text=[None, "two"])
+    loaded = load_labelled(LabelledArguments(train_file=[path], validation_file=[path]))
+    assert list(loaded.train["text"]) == ["", "two"]
+
+
 def test_contradicting_flags_are_refused():
     with pytest.raises(ConfigError, match=r"must differ, got 'text' for both"):
         LabelledArguments(label_column="text")
