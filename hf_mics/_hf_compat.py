@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint import default_planner
+
+from hf_mics._torch_compat import find_units
 
 # Bound before the runner puts its own class under these names.
 StockAccelerator = Accelerator
@@ -100,13 +102,30 @@ def prepare_beside_sharded(accelerator: Accelerator, model: nn.Module, *args: An
     """`Accelerator._prepare_fsdp2` for a model that it has sharded before, whose optimizer has the sharded parameters.
 
     Accelerate would look for the optimizer's parameters by address, where parameters that an evaluation has left
-    gathered are missing, and empty shards are all alike.
+    gathered are missing, and empty shards are all alike. An optimizer made since that evaluation has the gathered ones,
+    which no gradient reaches, and is given the sharded ones in their place.
     """
+    sharded = {found: param for unit in find_units(model) for found, param in unit.sharded_of.items()}
+    for optimizer in (arg for arg in args if isinstance(arg, torch.optim.Optimizer)):
+        give_parameters(optimizer, [[sharded.get(id(p), p) for p in g["params"]] for g in optimizer.param_groups])
     first = [arg if arg is model else accelerator._prepare_one(arg, first_pass=True) for arg in args]
     result = tuple(arg if arg is model else accelerator._prepare_one(arg) for arg in first)
     if model not in accelerator._models:
         accelerator._models.append(model)
     return result
+
+
+def give_parameters(optimizer: torch.optim.Optimizer, of_groups: Iterable[list[nn.Parameter]]) -> None:
+    """Makes `optimizer` train other parameters, given by group, and forget the state of those that it has no more.
+
+    Adagrad makes state in its constructor: left there, it keeps the unsharded model in memory, and no checkpoint can
+    name it. For the new parameters it makes the same again in its first step.
+    """
+    for group, params in zip(optimizer.param_groups, of_groups, strict=True):
+        group["params"] = params
+    trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for key in [key for key in optimizer.state if isinstance(key, torch.Tensor) and id(key) not in trained]:
+        del optimizer.state[key]
 
 
 def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:

@@ -64,6 +64,11 @@ class Unit:
         return [param.sharded_param for param in self._params]
 
     @property
+    def sharded_of(self) -> dict[int, nn.Parameter]:
+        """The sharded parameters, by the id of what the module holds in their place while they are gathered."""
+        return {id(p._unsharded_param): p.sharded_param for p in self._params if hasattr(p, "_unsharded_param")}
+
+    @property
     def trainable(self) -> frozenset[int]:
         """Indices into `sharded_params` that require a gradient."""
         return frozenset(i for i, p in enumerate(self._params) if p.sharded_param.requires_grad)

@@ -26,6 +26,7 @@ from hf_mics._hf_compat import (
     StockAccelerator,
     accelerate_is_initialized,
     active_fsdp_plugin,
+    give_parameters,
     prepare_beside_sharded,
     replaced_preparation,
     run_checkpoint_functions_inside,
@@ -274,9 +275,8 @@ def _remember_parameters(args: Sequence[Any]) -> Callable[[Sequence[Any]], None]
     def give_back(result: Sequence[Any]) -> None:
         params = _parameters(result)
         for optimizer, of_groups in zip(optimizers, wanted, strict=True):
-            for group, of_group in zip(optimizer.param_groups, of_groups, strict=True):
-                found = zip(group["params"], of_group, strict=True)
-                group["params"] = [param if place is None else params[place] for param, place in found]
+            found = [zip(g["params"], of, strict=True) for g, of in zip(optimizer.param_groups, of_groups, strict=True)]
+            give_parameters(optimizer, [[p if at is None else params[at] for p, at in group] for group in found])
 
     return give_back
 

@@ -22,6 +22,7 @@ from hf_mics.engine import is_under_mics
 from hf_mics.errors import ConfigError, LossError
 from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
 from tests.on_ranks import Layout, on_ranks
+from tests.test_accelerator import fresh_accelerator
 from tests.test_callback import TOLERANCE
 
 LAYOUT = Layout(4, 2, 2)
@@ -112,15 +113,68 @@ def test_early_stopping_and_the_best_model_are_those_of_ddp(layout: Layout) -> N
 
 
 @on_ranks(LAYOUT)
+def test_a_second_trainer_of_a_model_that_was_just_evaluated_goes_on_as_under_ddp(layout: Layout) -> None:
+    """The evaluation leaves the root's parameters gathered where the new Trainer's optimizer looks for them."""
+
+    results = []
+    for where in (None, layout):
+        first = trainer_of(where)
+        first.train()
+        first.evaluate()
+        args = trainer_of(where, save_strategy="steps", save_steps=3).args
+        mine = [] if where is None else [MiCSCallback(MiCSPlugin(partition_size=2, node_size=2))]
+        second = Trainer(model=first.model, args=args, train_dataset=make_dataset(), callbacks=mine)
+        second.train()
+        results.append(weights(second))
+    assert_same(results[1], {name.removeprefix("module."): weight for name, weight in results[0].items()})
+    assert check_folder(Path(args.output_dir) / "checkpoint-3")
+
+
+@on_ranks(LAYOUT)
+def test_a_loop_whose_optimizer_is_made_after_an_evaluation_trains_as_one_process(layout: Layout) -> None:
+    """With Adagrad, which makes its state in its constructor, here for gathered parameters too."""
+
+    def second_half(model: Any, rows: torch.Tensor, prepare: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+        with torch.no_grad():
+            model.eval()(input_ids=rows)
+        optimizer = torch.optim.Adagrad(model.train().parameters(), lr=0.1, initial_accumulator_value=0.1)
+        model, optimizer = prepare(model, optimizer)
+        for _ in range(2):
+            backward(model(input_ids=rows, labels=rows).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer
+
+    rows = torch.randint(61, (8, 12), generator=torch.Generator().manual_seed(1))
+    accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=layout.partition))
+    model = make_model("gpt2")
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    accelerator.free_memory()
+    ours = second_half(model, rows.chunk(layout.world)[dist.get_rank()], accelerator.prepare, accelerator.backward)
+    alone = make_model("gpt2")
+    twin = second_half(alone, rows, lambda *args: args, torch.Tensor.backward)
+    # The accumulator keeps steps proportional to gradients, so rounding is as under SGD.
+    expected = dict(alone.named_parameters())
+    assert_same({n: p.full_tensor() for n, p in model.named_parameters()}, expected)
+    for name, param in model.named_parameters():
+        assert ours.state[param]["sum"].full_tensor().allclose(twin.state[expected[name]]["sum"], atol=TOLERANCE), name
+    accelerator.save_state(str(shared_folder() / "state"))
+
+
+@on_ranks(LAYOUT)
 def test_resuming_in_mid_epoch_gives_the_weights_of_an_undisturbed_run(layout: Layout) -> None:
-    folder = shared_folder()
-    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "output_dir": folder}
-    whole = trainer_of(layout, **settings)
-    whole.train()
-    expected = weights(whole)
-    resumed = trainer_of(layout, **settings)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    assert_same(weights(resumed), expected, 0.0)
+    # Adagrad makes its state in its constructor.
+    for optimizer in ("sgd", "adagrad"):
+        folder = shared_folder()
+        settings = {
+            "max_steps": 7, "save_strategy": "steps", "save_steps": 3, "output_dir": folder, "optim": optimizer,
+        }  # fmt: skip
+        runs = []
+        for resume in (None, str(folder / "checkpoint-3")):
+            trainer = trainer_of(layout, **settings)
+            trainer.train(resume_from_checkpoint=resume)
+            runs.append(weights(trainer))
+        assert_same(runs[1], runs[0], 0.0)
 
 
 @on_ranks(LAYOUT)
