@@ -96,11 +96,29 @@ def around_checkpoint_function(
     if folder and not is_model:
         index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)
         partial = _without_stateless(main_decides(lambda: _stateless(folder, index)), model, rest[0])
-    with storage_for(accelerator, model), in_format_of(plugin, folder) if folder else contextlib.nullcontext(), partial:
+    settings = _kept_settings(rest[0]) if folder and not is_model else contextlib.nullcontext()
+    reading = in_format_of(plugin, folder) if folder else contextlib.nullcontext()
+    with storage_for(accelerator, model), reading, partial, settings:
         return together(
             f"{doing} {'model' if is_model else 'optimizer'} state",
             lambda: original(plugin, accelerator, *rest, **options),
         )
+
+
+@contextlib.contextmanager
+def _kept_settings(optimizer: Any) -> Iterator[None]:
+    """What the groups of `optimizer` lack at the end, they get as it was before.
+
+    Loading empties a group without parameters (torch 2.13), as the Trainer makes where no parameter is subject to
+    weight decay: biases or layer norms alone. The next step asks every group for its settings.
+    """
+    former = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, settings in zip(optimizer.param_groups, former, strict=True):
+            for name, value in settings.items():
+                group.setdefault(name, value)
 
 
 def _stateless(folder: Path, index: int) -> list[str]:
