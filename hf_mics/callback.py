@@ -24,6 +24,7 @@ from hf_mics.engine import apply_mics, is_under_mics, mics_engine, remove_mics
 from hf_mics.errors import ConfigError
 from hf_mics.loss_watch import LossWatch
 from hf_mics.plugin import MiCSPlugin
+from hf_mics.sharding import keep_class_name
 from hf_mics.summary import start_up_summary
 from hf_mics.training_meter import TrainingMeter
 
@@ -177,6 +178,7 @@ class MiCSCallback(TrainerCallback):
         settings = self._plugin.settings() if self._plugin else {}
         settings.pop("partition_size", None)
         apply_mics(model, **settings)
+        keep_class_name(model)
         if args.process_index == 0:
             summary = start_up_summary(mics_engine(model), (), micro_steps=args.gradient_accumulation_steps)
             print(summary, file=sys.stderr, flush=True)

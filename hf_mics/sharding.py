@@ -89,6 +89,7 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
             sharding would lose (`check_model`).
     """
     if isinstance(plain(model), FSDPModule) or isinstance(model, FSDPModule):
+        keep_class_name(model)
         return model
     check_model(model)
     plugin = accelerator.state.fsdp_plugin
@@ -119,7 +120,19 @@ def _fully_shard(accelerator: Any, model: nn.Module, ignored: set[nn.Parameter])
     for _, module in plan.heads:
         fully_shard(module, reshard_after_forward=False, **common)
     fully_shard(model, **common)
+    keep_class_name(model)
     plugin.wrap_report = (plan.describe(), *plan.skipped)
+
+
+def keep_class_name(model: nn.Module) -> None:
+    """Calls the class of `model`, which was passed to `fully_shard`, as before that.
+
+    FSDP2 calls it FSDPGPT2LMHeadModel and so on. transformers goes by names: its Trainer shifts labels under label
+    smoothing for the class names of causal language models, and `save_pretrained` finds a class's renamed weights so.
+    """
+    kind = type(model)
+    if issubclass(kind, FSDPModule):
+        kind.__name__ = kind.__mro__[2].__name__
 
 
 def scalar_names(model: nn.Module) -> set[str]:

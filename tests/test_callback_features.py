@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from hf_mics import MiCSCallback, MiCSPlugin, mics_engine
 from hf_mics.checkpoint.check import check_folder
 from hf_mics.engine import is_under_mics
 from hf_mics.errors import ConfigError, LossError
+from tests import tiny
 from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
 from tests.on_ranks import Layout, on_ranks
 from tests.test_accelerator import fresh_accelerator
@@ -159,6 +161,28 @@ def test_a_loop_whose_optimizer_is_made_after_an_evaluation_trains_as_one_proces
     for name, param in model.named_parameters():
         assert ours.state[param]["sum"].full_tensor().allclose(twin.state[expected[name]]["sum"], atol=TOLERANCE), name
     accelerator.save_state(str(shared_folder() / "state"))
+
+
+@on_ranks(LAYOUT)
+def test_label_smoothing_shifts_the_labels_of_a_causal_language_model_as_under_ddp(layout: Layout) -> None:
+    as_under_ddp(layout, label_smoothing_factor=0.1)
+    # Also where transformers, or the user, has sharded the model.
+    folder, smoothed = shared_folder(), []
+    if dist.get_rank() == 0:
+        tiny.build("llama").save_pretrained(folder)
+    dist.barrier()
+    at_load_time = DistributedConfig(fsdp_size=2, dp_replicate_size=2)
+    for where, config in ((None, None), (layout, at_load_time), (layout, None)):
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+        if where and not config:
+            for unit in (*model.model.layers, model):
+                fully_shard(unit, mesh=layout.mesh)
+        args = trainer_of(None if config else where, label_smoothing_factor=0.1).args
+        mine = [] if where is None else [MiCSCallback(MiCSPlugin(partition_size=2, node_size=2))]
+        trainer = Trainer(model=model, args=args, train_dataset=make_dataset(), callbacks=mine)
+        trainer.train()
+        smoothed.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert smoothed == [pytest.approx(smoothed[0], rel=TOLERANCE)] * 3
 
 
 @on_ranks(LAYOUT)
