@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from hf_mics.checkpoint.mark import ModelNote, OptimizerNote
 from hf_mics.checkpoint.storage import read_description
@@ -62,7 +62,9 @@ def _adapter_names(model: nn.Module) -> dict[str, str]:
     inner: Any = plain(model)
     if inner.active_peft_config.is_prompt_learning:
         return {}  # PEFT would compute what it stores, from parameters that are sharded
-    names = [_canonical(name) for name, _ in chain(model.named_parameters(), model.named_buffers())]
+    # VeRA stores one layer's name of buffers that all layers share, and not the first one's.
+    named = chain(model.named_parameters(), model.named_buffers(remove_duplicate=False))
+    names = [_canonical(name) for name, _ in named]
     try:
         stored = get_peft_model_state_dict(
             inner,
@@ -70,9 +72,11 @@ def _adapter_names(model: nn.Module) -> dict[str, str]:
             adapter_name=str(inner.active_adapter),
             save_embedding_layers=False,
         )
-    except (AttributeError, TypeError):
-        return {}  # a kind that reshapes its tensors, as AdaLoRA with ranks of its own
-    return {name: new for new, name in stored.items()}
+    except (AttributeError, TypeError, ValueError, KeyError):
+        # A kind that reshapes its tensors, as AdaLoRA with ranks of its own, or refuses: the note alone is lost.
+        return {}
+    tied = tied_names(model)
+    return {tied.get(name, name): new for new, name in stored.items()}
 
 
 def optimizer_class(optimizer: Any) -> str:
@@ -152,14 +156,20 @@ def load_whole(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def present_shapes(model: nn.Module, adapter_only: bool) -> Shapes:
-    """Names and shapes of the state dict that accelerate would load into `model`."""
-    if adapter_only and is_peft_model(model):
+def present_shapes(model: nn.Module, adapter_only: bool, form: str | None = None) -> Shapes:
+    """Names and shapes of the state dict that accelerate would load into `model`.
+
+    Args:
+        adapter_only: where `model` has an adapter, of that alone.
+        form: "full" if it comes from full state, for which accelerate tells an adapter by what is trained, not by PEFT.
+    """
+    alone = adapter_only and is_peft_model(model)
+    if alone and form != "full":
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(model, adapter_name=str(model.active_adapter))
     else:
-        state = get_model_state_dict(model)
+        state = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=alone))
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 

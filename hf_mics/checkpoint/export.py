@@ -120,7 +120,8 @@ def export_checkpoint(
 def _adapter_names(checkpoint: Path, names: Iterable[str], stored: dict[str, str] | None) -> dict[str, str]:
     """The adapter's tensors in a checkpoint, to the names under which PEFT stores them.
 
-    A Trainer saves those alone and so named; an Accelerate loop saves the whole model, the base's weights too.
+    A Trainer saves those so named, and beside them a head of the base's that the adapter targets; an Accelerate loop
+    saves the whole model, the base's weights too.
 
     Args:
         stored: what the mark says of them.
@@ -129,7 +130,7 @@ def _adapter_names(checkpoint: Path, names: Iterable[str], stored: dict[str, str
         CheckpointError: base and adapter are there, and the mark does not tell them apart.
     """
     names = list(names)
-    if stored and not set(names) <= set(stored.values()):
+    if stored and not set(stored.values()) <= set(names):
         return stored
     if not stored and any(".base_layer." in name or name.startswith("prompt_encoder.") for name in names):
         raise CheckpointError(

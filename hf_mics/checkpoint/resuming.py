@@ -38,7 +38,7 @@ def check_checkpoint(
     Raises:
         CheckpointError: on every rank alike.
     """
-    shapes = [present_shapes(model, adapter_only) for model in models]
+    shapes = [present_shapes(model, adapter_only, state_format(folder, i)) for i, model in enumerate(models)]
 
     def check() -> Mark | None:
         mark = check_folder(folder)

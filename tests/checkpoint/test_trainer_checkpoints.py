@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_mics.checkpoint.export import export_checkpoint
@@ -227,29 +227,43 @@ def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
     assert "of another optimizer: expected SGD, as this run uses, got AdamW" in said["optimizer"]
 
 
-def train_adapters(folder: str) -> dict[str, Any]:
-    def make(output_dir: str) -> Any:
-        model = tiny.build("gpt2")
-        config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
-        torch.manual_seed(1)
-        return make_trainer(output_dir, model=get_peft_model(model, config), max_steps=8)
+LORA = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+# Base model, adapter, and how it is saved. VeRA's layers share buffers. Of an adapter of the head a Trainer saves the
+# base's head too.
+ADAPTERS: dict[str, tuple[str, Any, str]] = {
+    "lora": ("gpt2", LORA, "sharded"),
+    "lora, full state": ("gpt2", LORA, "full"),
+    "head": ("llama", LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"), "sharded"),
+    "vera": ("gpt2", VeraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True), "sharded"),
+}
 
-    whole = make(folder)
-    whole.train()
-    adapters = {name: p.full_tensor() for name, p in whole.model.named_parameters() if "lora" in name}
-    resumed = make(f"{folder}/again")
-    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
-    return {"whole": losses(whole), "resumed": losses(resumed), "adapters": adapters}
+
+def train_adapters(folder: str) -> dict[str, dict[str, Any]]:
+    results = {}
+    for case, (name, config, form) in ADAPTERS.items():
+
+        def make(output_dir: str, name: str = name, config: Any = config, form: str = form) -> Any:
+            model = tiny.build(name)
+            torch.manual_seed(1)
+            return make_trainer(output_dir, model=get_peft_model(model, config), max_steps=8, state_format=form)
+
+        whole = make(f"{folder}/{case}")
+        whole.train()
+        adapters = {name: p.full_tensor() for name, p in whole.model.named_parameters() if p.requires_grad}
+        resumed = make(f"{folder}/{case} again")
+        resumed.train(resume_from_checkpoint=f"{folder}/{case}/checkpoint-4")
+        results[case] = {"whole": losses(whole), "resumed": losses(resumed), "adapters": adapters}
+    return results
 
 
 def test_adapters_resume_and_export(tmp_path: Path) -> None:
-    result = run_ranks(train_adapters, 2, str(tmp_path))[0]
-    assert result["resumed"][4:] == result["whole"][4:]
-    export_checkpoint(tmp_path / "checkpoint-8", tmp_path / "out")
-    torch.manual_seed(0)
-    state = PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "out").state_dict()
-    assert result["adapters"]
-    assert all(torch.equal(state[name], value) for name, value in result["adapters"].items())
+    for case, result in run_ranks(train_adapters, 2, str(tmp_path))[0].items():
+        assert result["resumed"][4:] == result["whole"][4:], case
+        export_checkpoint(tmp_path / case / "checkpoint-8", tmp_path / f"{case} out")
+        base = tiny.build(ADAPTERS[case][0])
+        state = PeftModel.from_pretrained(base, tmp_path / f"{case} out").state_dict()
+        assert result["adapters"]
+        assert all(torch.equal(state[name], value) for name, value in result["adapters"].items()), case
 
 
 def fill_disk(folder: str, form: str) -> dict[str, Any]:
