@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint import default_planner
 
-from hf_mics._torch_compat import find_units
+from hf_mics._torch_compat import find_units, is_root
 
 # Bound before the runner puts its own class under these names.
 StockAccelerator = Accelerator
@@ -113,6 +113,28 @@ def prepare_beside_sharded(accelerator: Accelerator, model: nn.Module, *args: An
     if model not in accelerator._models:
         accelerator._models.append(model)
     return result
+
+
+@contextlib.contextmanager
+def known_for_evaluation(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Inside, `accelerator` knows of `model`, which computes in mixed precision unless it is sharded; then no more.
+
+    A Trainer prepares what its accelerator does not know of. Left behind, the mark that a model is prepared would have
+    it trained as it is later.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    former = {name: vars(model)[name] for name in names if name in vars(model)}
+    if is_root(model):
+        accelerator._models.append(model)
+    else:
+        accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    try:
+        yield
+    finally:
+        accelerator._models.remove(model)
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(former)
 
 
 def give_parameters(optimizer: torch.optim.Optimizer, of_groups: Iterable[list[nn.Parameter]]) -> None:

@@ -225,6 +225,12 @@ def _spread_from_rank_0(
                 setattr(module, name, made[id(tensor)])
 
 
+def share_weights(model: nn.Module, device: torch.device) -> None:
+    """Gives every rank rank 0's weights and buffers of a whole `model`, as sharding does."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.copy_(_broadcast(tensor, device))
+
+
 def _broadcast(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if dist.get_rank() == 0:
         value = tensor.detach().to(device).contiguous()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from transformers.distributed import DistributedConfig
 
 from hf_mics import MiCSCallback, MiCSPlugin, mics_engine
+from hf_mics._torch_compat import is_root
 from hf_mics.checkpoint.check import check_folder
 from hf_mics.engine import is_under_mics
 from hf_mics.errors import ConfigError, LossError
@@ -115,6 +116,38 @@ def test_early_stopping_and_the_best_model_are_those_of_ddp(layout: Layout) -> N
 
 
 @on_ranks(LAYOUT)
+def test_a_model_is_evaluated_before_training_as_under_ddp_and_trains_as_if_it_had_not_been(layout: Layout) -> None:
+    """Stock DDP is no twin for the training: evaluated first, a Trainer trains unsynchronized (accelerate 1.15)."""
+    stock = trainer_of(None)
+    expected = stock.evaluate()["eval_loss"], torch.as_tensor(stock.predict(stock.eval_dataset).predictions)
+    for settings in ({}, {"bf16": True}):
+        undisturbed = trainer_of(layout, **settings)
+        undisturbed.train()
+        trainer = trainer_of(layout, **settings)
+        # Ranks that were seeded differently are evaluated as they will train, with rank 0's weights.
+        trainer.model.transformer.wte.weight.data += dist.get_rank()
+        before = set(vars(trainer.model))
+        loss, logits = trainer.evaluate()["eval_loss"], torch.as_tensor(trainer.predict(stock.eval_dataset).predictions)
+        assert set(vars(trainer.model)) == before
+        assert not is_root(trainer.model)
+        # bf16 keeps 8 bits.
+        assert loss == pytest.approx(expected[0], rel=2**-8 if settings else TOLERANCE)
+        assert settings or logits.allclose(expected[1], atol=10 * TOLERANCE)
+        assert not settings or loss != expected[0]
+        trainer.train()
+        assert_same(weights(trainer), weights(undisturbed), 0.0)
+
+
+@on_ranks(LAYOUT)
+def test_an_evaluation_before_training_of_weights_that_only_rank_0_has_is_refused(layout: Layout) -> None:
+    trainer = trainer_of(layout)
+    if dist.get_rank():
+        trainer.model.to("meta")
+    with pytest.raises(ConfigError, match=r"rank 1 has them on the meta device. Evaluate with .*eval_on_start=True"):
+        trainer.evaluate()
+
+
+@on_ranks(LAYOUT)
 def test_a_second_trainer_of_a_model_that_was_just_evaluated_goes_on_as_under_ddp(layout: Layout) -> None:
     """The evaluation leaves the root's parameters gathered where the new Trainer's optimizer looks for them."""
 
@@ -122,10 +155,12 @@ def test_a_second_trainer_of_a_model_that_was_just_evaluated_goes_on_as_under_dd
     for where in (None, layout):
         first = trainer_of(where)
         first.train()
-        first.evaluate()
+        evaluated = first.evaluate()["eval_loss"]
         args = trainer_of(where, save_strategy="steps", save_steps=3).args
         mine = [] if where is None else [MiCSCallback(MiCSPlugin(partition_size=2, node_size=2))]
         second = Trainer(model=first.model, args=args, train_dataset=make_dataset(), callbacks=mine)
+        if where:  # which stock DDP would not survive; see above
+            assert second.evaluate(first.eval_dataset)["eval_loss"] == evaluated
         second.train()
         results.append(weights(second))
     assert_same(results[1], {name.removeprefix("module."): weight for name, weight in results[0].items()})

@@ -41,6 +41,7 @@ FLOORS = {
         "plugin",
         "wrapping",
         "sharding",
+        "early_evaluation",
         "summary",
         "checkpoint",
         "accelerator",

@@ -33,6 +33,7 @@ from hf_mics.checkpoint.resuming import (
 from hf_mics.checkpoint.saving import format_of, is_main, save_checkpoint
 from hf_mics.checkpoint.stop import StopRequest
 from hf_mics.checkpoint.together import main_decides, together
+from hf_mics.early_evaluation import evaluation_loop
 from hf_mics.errors import CheckpointError, MiCSError
 
 PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
@@ -43,6 +44,8 @@ Method = Callable[..., Any]
 def make_trainers_safe() -> None:
     """From now on every Trainer whose accelerator is under MiCS saves and resumes as this file says.
 
+    It can then also evaluate before it trains (`early_evaluation.py`).
+
     Raises:
         MiCSError: this transformers has no such methods.
     """
@@ -52,6 +55,7 @@ def make_trainers_safe() -> None:
         "_save_checkpoint": _save_checkpoint,
         "_load_from_checkpoint": _load_from_checkpoint,
         "_load_rng_state": _load_rng_state,
+        "evaluation_loop": evaluation_loop,
     }
     missing = [name for name in (*around, "_get_output_dir", "_push_from_checkpoint") if not hasattr(Trainer, name)]
     missing += [name for name in CHECKPOINT_FUNCTIONS if not hasattr(trainer_module, name)]

@@ -1,0 +1,61 @@
+"""How does a Trainer evaluate a model that it has not begun to train?
+
+accelerate's FSDP2 shards a model together with its optimizer, and a Trainer has none before `train()`. So the model is
+evaluated as it is, whole on every rank, and is afterwards as it was: training then shards it as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from hf_mics._hf_compat import known_for_evaluation
+from hf_mics._torch_compat import is_root
+from hf_mics.errors import ConfigError
+from hf_mics.sharding import share_weights
+
+
+def evaluation_loop(stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs `Trainer.evaluation_loop`, which `evaluate()` and `predict()` go through, also before training.
+
+    Raises:
+        ConfigError: some rank has no weights, because only rank 0 loaded them; on every rank alike.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    if accelerator._models:
+        return stock(*args, **kwargs)
+    # Another Trainer may have sharded the model before.
+    if not is_root(model):
+        _make_whole(accelerator, model)
+    with known_for_evaluation(accelerator, model):
+        return stock(*args, **kwargs)
+
+
+def _make_whole(accelerator: Any, model: nn.Module) -> None:
+    """Brings the whole `model` to this rank's device, with rank 0's weights, as training will have them."""
+    _check_weights(model)
+    if accelerator.is_main_process:
+        print(
+            "MiCS: training has not begun, so the model is evaluated unsharded, whole on every rank. "
+            "TrainingArguments(eval_on_start=True) evaluates it sharded.",
+            file=sys.stderr,
+            flush=True,
+        )
+    model.to(accelerator.device)
+    share_weights(model, accelerator.device)
+
+
+def _check_weights(model: nn.Module) -> None:
+    missing: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(missing, any(param.is_meta for param in model.parameters()))
+    if any(missing):
+        raise ConfigError(
+            "the model cannot be evaluated before training: it would be evaluated unsharded, and expects its weights "
+            f"on every rank; rank {missing.index(True)} has them on the meta device. Evaluate with "
+            "TrainingArguments(eval_on_start=True), when the model is sharded, or load it on every rank "
+            "(fsdp_cpu_ram_efficient_loading: false)."
+        )
