@@ -195,16 +195,25 @@ class StopOnSigterm(TrainerCallback):
         self._request = StopRequest()
         self._request.listen()
         self._stopping = False
+        self._stepped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks for a checkpoint and the end of training; an evaluation that is due would use up the time left."""
+        self._stepped = True
         if self._request.agreed(self._device):
             self._stopping = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks for a checkpoint of the step after which this evaluation ran, not for another step."""
+        """Asks for a checkpoint of the step after which this evaluation ran, not for another step.
+
+        Before the first step (`eval_on_start`) there is nothing to save, and it ends the process.
+        """
+        if not self._stepped:
+            if self._request.agreed(self._device):
+                self._end(state, "stopped before the first optimizer step, so there was nothing new to save")
+            return
         # A Trainer that keeps the best alone decides anew whether to save once this returns.
         if args.save_strategy != SaveStrategy.BEST and self._request.agreed(self._device):
             self._stopping = True
@@ -213,15 +222,13 @@ class StopOnSigterm(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the process: what a script does after train() is meant for a finished training."""
         if self._stopping:
-            if state.is_world_process_zero:
-                saved = f"{args.output_dir}/{PREFIX}{state.global_step}"
-                print(
-                    f"MiCS: SIGTERM received; saved {saved} at the end of the optimizer step and stopped. Resume from "
-                    "there.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            raise SystemExit(0)
+            saved = f"{args.output_dir}/{PREFIX}{state.global_step}"
+            self._end(state, f"saved {saved} at the end of the optimizer step and stopped. Resume from there")
+
+    def _end(self, state: TrainerState, done: str) -> None:
+        if state.is_world_process_zero:
+            print(f"MiCS: SIGTERM received; {done}.", file=sys.stderr, flush=True)
+        raise SystemExit(0)
 
     def close(self) -> None:
         """Gives SIGTERM back."""

@@ -86,6 +86,10 @@ def train_and_save(folder: str) -> dict[str, Any]:
     evaluating = make_trainer(root / "evaluating", callbacks=[KillInEvaluation()], save_strategy="no", **EVALUATION)
     with pytest.raises(SystemExit):
         evaluating.train()
+    starting = make_trainer(root / "starting", callbacks=[KillInEvaluation()], eval_on_start=True, **EVALUATION)
+    with pytest.raises(SystemExit) as caught:
+        starting.train()
+    result["starting"] = caught.value.code, starting.state.global_step, list((root / "starting").iterdir())
     result["evaluating"] = evaluating.state.global_step, sorted(path.name for path in (root / "evaluating").iterdir())
     return result
 
@@ -209,6 +213,10 @@ def test_sigterm_on_one_rank_saves_at_the_end_of_the_step_on_all_and_exits_with_
 
 def test_sigterm_during_an_evaluation_saves_at_its_end_and_takes_no_other_step(trained: Any) -> None:
     assert trained[1]["evaluating"] == (4, ["checkpoint-4"])
+
+
+def test_sigterm_during_an_evaluation_before_the_first_step_ends_with_0_and_not_as_if_trained(trained: Any) -> None:
+    assert trained[1]["starting"] == (0, 0, [])
 
 
 def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
