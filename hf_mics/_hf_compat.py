@@ -13,6 +13,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -23,11 +24,11 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, PartialState
 from accelerate import accelerator as accelerator_module
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp_utils
 from torch import nn
 from torch.distributed.checkpoint import default_planner
 
-from hf_mics._torch_compat import find_units, is_root
+from hf_mics._torch_compat import find_units, is_root, without_wrappers
 
 # Bound before the runner puts its own class under these names.
 StockAccelerator = Accelerator
@@ -69,6 +70,31 @@ def replaced_storage(
     finally:
         for (module, name, _), original in zip(places, former, strict=True):
             setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def loading_each_module_once() -> Iterator[None]:
+    """Inside, accelerate loads a model's full state by the first name of every module.
+
+    torch 2.13 does not find the others: those of T5's shared embeddings, of the buffers that VeRA's layers share, of
+    the embeddings of a model with a trained prompt.
+    """
+    former = fsdp_utils._set_model_state_dict
+
+    def set_state(model: nn.Module, state: dict[str, Any], adapter_only: bool = False, sd_options: Any = None) -> Any:
+        first = {id(module): name for name, module in model.named_modules()}
+        every = model.named_modules(remove_duplicate=False)
+        others = tuple(f"{without_wrappers(name)}." for name, module in every if first[id(module)] != name)
+        if others and sd_options is not None and sd_options.full_state_dict:
+            state = {name: value for name, value in state.items() if not name.startswith(others)}
+            sd_options = replace(sd_options, strict=False)
+        return former(model, state, adapter_only=adapter_only, sd_options=sd_options)
+
+    fsdp_utils._set_model_state_dict = set_state
+    try:
+        yield
+    finally:
+        fsdp_utils._set_model_state_dict = former
 
 
 CHECKPOINT_FUNCTIONS = ("save_fsdp_model", "save_fsdp_optimizer", "load_fsdp_model", "load_fsdp_optimizer")

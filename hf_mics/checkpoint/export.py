@@ -134,8 +134,9 @@ def _adapter_names(checkpoint: Path, names: Iterable[str], stored: dict[str, str
         return stored
     if not stored and any(".base_layer." in name or name.startswith("prompt_encoder.") for name in names):
         raise CheckpointError(
-            f"{checkpoint} holds an adapter beside its base model, and nothing in it tells them apart: load it in the "
-            "loop that saved it, and call the PEFT model's save_pretrained."
+            f"{checkpoint} holds an adapter beside its base model, and nothing in it tells them apart: resume from it "
+            "in the Trainer that saved it, and call save_model() there; or load it in the loop that saved it, and call "
+            "the PEFT model's save_pretrained, which cannot store prompts (prompt, prefix, p-tuning) that are sharded."
         )
     return {name: name for name in names}
 

@@ -12,9 +12,11 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import nn
 
+from hf_mics._hf_compat import loading_each_module_once
 from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer
 from hf_mics.checkpoint.contents import optimizer_class, present_shapes, state_format, trained_parameters
 from hf_mics.checkpoint.mark import Mark, read_mark
+from hf_mics.checkpoint.prompts import learns_a_prompt
 from hf_mics.checkpoint.saving import format_of, is_main, storage_for
 from hf_mics.checkpoint.together import main_decides, together
 from hf_mics.wrapping import class_name
@@ -91,6 +93,9 @@ def around_checkpoint_function(
     is_model, is_load = original.__name__.endswith("model"), original.__name__.startswith("load")
     model = rest[0] if is_model else rest[1]
     folder = Path(options["input_dir"] if "input_dir" in options else rest[1 if is_model else 2]) if is_load else None
+    if is_model and learns_a_prompt(model):
+        # PEFT would store the prompt without the encoder that is trained.
+        options["adapter_only"] = False
     doing = "could not load" if is_load else "could not save"
     partial: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if folder and not is_model:
@@ -98,7 +103,7 @@ def around_checkpoint_function(
         partial = _without_stateless(main_decides(lambda: _stateless(folder, index)), model, rest[0])
     settings = _kept_settings(rest[0]) if folder and not is_model else contextlib.nullcontext()
     reading = in_format_of(plugin, folder) if folder else contextlib.nullcontext()
-    with storage_for(accelerator, model), reading, partial, settings:
+    with storage_for(accelerator, model), reading, partial, settings, loading_each_module_once():
         return together(
             f"{doing} {'model' if is_model else 'optimizer'} state",
             lambda: original(plugin, accelerator, *rest, **options),

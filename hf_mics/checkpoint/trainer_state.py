@@ -24,6 +24,7 @@ from hf_mics._hf_compat import CHECKPOINT_FUNCTIONS, run_checkpoint_functions_in
 from hf_mics.checkpoint.check import check_folder, newest
 from hf_mics.checkpoint.contents import write_descriptions
 from hf_mics.checkpoint.folder import rotate
+from hf_mics.checkpoint.prompts import computed_prompts, learns_a_prompt
 from hf_mics.checkpoint.resuming import (
     around_checkpoint_function,
     check_checkpoint,
@@ -157,7 +158,7 @@ def _save_model(stock: Method, trainer: Any, output_dir: str | None = None, _int
         together(f"could not write to {folder}", lambda: _describe(trainer, Path(str(folder))))
         return
     # The Trainer writes nothing, and says nothing, while the plugin is set to sharded state.
-    with in_format(plugin, "full"):
+    with in_format(plugin, "full"), computed_prompts(trainer.model):
         together(f"could not save the model to {folder}", lambda: stock(output_dir, _internal_call))
 
 
@@ -172,7 +173,8 @@ def _describe(trainer: Any, folder: Path) -> None:
 
 def _load_from_checkpoint(stock: Method, trainer: Any, resume_from_checkpoint: str, model: Any = None) -> Any:
     folder = Path(resume_from_checkpoint)
-    check_checkpoint(trainer.accelerator, folder, [trainer.model], [trainer.optimizer], adapter_only=True)
+    adapter_only = not learns_a_prompt(trainer.model)
+    check_checkpoint(trainer.accelerator, folder, [trainer.model], [trainer.optimizer], adapter_only=adapter_only)
     return stock(resume_from_checkpoint, model)
 
 

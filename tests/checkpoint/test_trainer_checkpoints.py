@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_mics.checkpoint.export import export_checkpoint
@@ -236,14 +236,58 @@ def test_trainer_refuses_what_it_cannot_resume(trained: Any) -> None:
 
 
 LORA = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+VERA = VeraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
 # Base model, adapter, and how it is saved. VeRA's layers share buffers. Of an adapter of the head a Trainer saves the
 # base's head too.
 ADAPTERS: dict[str, tuple[str, Any, str]] = {
     "lora": ("gpt2", LORA, "sharded"),
     "lora, full state": ("gpt2", LORA, "full"),
     "head": ("llama", LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"), "sharded"),
-    "vera": ("gpt2", VeraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True), "sharded"),
+    "vera": ("gpt2", VERA, "sharded"),
+    "vera, full state": ("gpt2", VERA, "full"),
 }
+
+
+# p-tuning computes the prompt with an encoder of its own, which PEFT does not store.
+PROMPTS = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=7),
+}
+
+
+def train_prompts(folder: str) -> dict[str, dict[str, Any]]:
+    results = {}
+    for case, config in PROMPTS.items():
+        for form in ("sharded", "full"):
+
+            def make(output_dir: str, config: Any = config, form: str = form) -> Any:
+                model = tiny.build("gpt2")
+                torch.manual_seed(1)
+                return make_trainer(output_dir, model=get_peft_model(model, config), max_steps=6, state_format=form)
+
+            whole = make(f"{folder}/{case} {form}")
+            whole.train()
+            resumed = make(f"{folder}/{case} {form} again")
+            resumed.train(resume_from_checkpoint=f"{folder}/{case} {form}/checkpoint-4")
+            resumed.save_model(f"{folder}/{case} {form} saved")
+            results[f"{case} {form}"] = {
+                "whole": losses(whole),
+                "resumed": losses(resumed),
+                "loss": resumed.evaluate()["eval_loss"],
+                "data": [row["input_ids"] for row in resumed.eval_dataset],
+            }
+    return results
+
+
+def test_trained_prompts_resume_and_are_saved_for_peft(tmp_path: Path) -> None:
+    for case, result in run_ranks(train_prompts, 2, str(tmp_path))[0].items():
+        assert result["resumed"][4:] == result["whole"][4:], case
+        model = PeftModel.from_pretrained(tiny.build("gpt2"), tmp_path / f"{case} saved").eval()
+        rows = torch.tensor(result["data"])
+        assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["loss"], abs=TOLERANCE), case
+        refused = "cannot store prompts" if case.endswith("sharded") else "holds an adapter beside its base model"
+        with pytest.raises(CheckpointError, match=refused):
+            export_checkpoint(tmp_path / case / "checkpoint-4", tmp_path / "out")
 
 
 def train_adapters(folder: str) -> dict[str, dict[str, Any]]:
