@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hf_mics._torch_compat import override_method, plain, remove_override
 
@@ -32,17 +33,30 @@ def computed_prompts(model: nn.Module) -> Iterator[None]:
         yield
         return
     inner: Any = plain(model)
-    # Dropout in an encoder would draw from the random stream of training.
-    modes = {module: module.training for module in inner.prompt_encoder.modules()}
-    inner.prompt_encoder.eval()
-    root.unshard()
-    with torch.no_grad():
-        prompts = {name: inner.get_prompt_embedding_to_save(name) for name in inner.prompt_encoder}
+    # An evaluation leaves parameters gathered, in the dtype of mixed precision.
     root.reshard()
-    for module, mode in modes.items():
-        module.training = mode
+    with _whole(inner.prompt_encoder), torch.no_grad():
+        prompts = {name: inner.get_prompt_embedding_to_save(name) for name in inner.prompt_encoder}
     override_method(inner, "get_prompt_embedding_to_save", lambda _, adapter_name: prompts[adapter_name])
     try:
         yield
     finally:
         remove_override(inner, "get_prompt_embedding_to_save")
+
+
+@contextlib.contextmanager
+def _whole(encoder: nn.Module) -> Iterator[None]:
+    """Inside, `encoder` has its whole parameters, and no dropout, which would draw from training's random stream."""
+    modes = {module: module.training for module in encoder.modules()}
+    held = [(module, name, p) for module in modes for name, p in module.named_parameters(recurse=False)]
+    for module, name, param in held:
+        whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+        setattr(module, name, nn.Parameter(whole, requires_grad=False))
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, name, param in held:
+            setattr(module, name, param)
+        for module, mode in modes.items():
+            module.training = mode
