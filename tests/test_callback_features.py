@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from transformers.distributed import DistributedConfig
 
 from hf_mics import MiCSCallback, MiCSPlugin, mics_engine
+from hf_mics._hf_compat import unchanged_fsdp_switch
 from hf_mics._torch_compat import is_root
 from hf_mics.checkpoint.check import check_folder
 from hf_mics.engine import is_under_mics
@@ -183,7 +184,8 @@ def test_a_loop_whose_optimizer_is_made_after_an_evaluation_trains_as_one_proces
         return optimizer
 
     rows = torch.randint(61, (8, 12), generator=torch.Generator().manual_seed(1))
-    accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=layout.partition))
+    with unchanged_fsdp_switch():
+        accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=layout.partition))
     model = make_model("gpt2")
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     accelerator.free_memory()
