@@ -8,6 +8,7 @@ and activation checkpointing keeps the random state, so that dropout is the same
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ from hf_mics._hf_compat import keeps_cache_out_of_recomputation
 from hf_mics._torch_compat import plain
 from hf_mics.admission import check_model
 from hf_mics.errors import ConfigError
+from hf_mics.process_groups import say_to_all
 from hf_mics.wrapping import WrapPlan, holds_input_embeddings, plan_units
 
 
@@ -85,8 +87,8 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     Parameters may be on the meta device on every rank but 0. Trainable parameters become fp32 under mixed precision.
 
     Raises:
-        ConfigError: a named layer class does not occur, rank 0 itself has no weights, or the model has something that
-            sharding would lose (`check_model`).
+        ConfigError: ranks hold different models, a named layer class does not occur, rank 0 itself has no weights, or
+            the model has something that sharding would lose (`check_model`).
     """
     if isinstance(plain(model), FSDPModule) or isinstance(model, FSDPModule):
         keep_class_name(model)
@@ -95,6 +97,7 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     plugin = accelerator.state.fsdp_plugin
     if accelerator.mixed_precision != "no":
         _upcast_trainable(model)
+    _check_same_everywhere(model)
     _check_weights_exist(model)
     ignored = _ignored_parameters(plugin, model, accelerator.device)
     _widen_scalars(model, ignored)
@@ -175,6 +178,22 @@ def _upcast_trainable(model: nn.Module) -> None:
     for param in model.parameters():
         if param.requires_grad and param.is_floating_point() and param.dtype != torch.float32:
             param.data = param.data.float()
+
+
+def _check_same_everywhere(model: nn.Module) -> None:
+    """Weights are spread from rank 0 one by one: a rank that holds more or fewer of them would wait for ever."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    described = repr([(name, tuple(tensor.shape)) for name, tensor in tensors])
+    digest = hashlib.sha256(described.encode()).hexdigest()
+    everyone = say_to_all(lambda: (len(tensors), digest))
+    other = next((rank for rank, said in enumerate(everyone) if said != everyone[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"ranks hold different {type(model).__name__}s: rank 0 has {everyone[0][0]} parameters and buffers, rank "
+            f"{other} has {everyone[other][0]}, or they differ in name or shape. Build the same model on every rank; "
+            "weights that are tied on rank 0 must be tied on the others too, which .to('meta') undoes: build on meta "
+            "with `with torch.device('meta')`, or call tie_weights() again."
+        )
 
 
 def _check_weights_exist(model: nn.Module) -> None:

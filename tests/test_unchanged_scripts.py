@@ -153,6 +153,10 @@ def check_refusals() -> None:
     refused("2.weight has a hook of register_hook", first, make_optimizer(first))
     hook.remove()
 
+    width = 3 + dist.get_rank()
+    uneven = nn.Sequential(nn.Linear(width, 2))
+    refused("ranks hold different Sequentials: rank 0 has 2.*tie_weights", uneven, make_optimizer(uneven))
+
     forgotten = torch.optim.SGD(first[2].parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(first, make_optimizer(first))
     for param in forgotten.param_groups[0]["params"]:
