@@ -320,6 +320,12 @@ def is_root(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) or isinstance(plain(model), FSDPModule)
 
 
+def class_before_sharding(module: FSDPModule) -> type:
+    """The class that `fully_shard` replaced by one of its own."""
+    kind = type(module)
+    return kind.__mro__[kind._orig_cls_mro_index]
+
+
 # Where activation checkpointing and torch.compile keep the module that they wrap.
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
 

@@ -32,7 +32,7 @@ from hf_mics._hf_compat import (
     run_checkpoint_functions_inside,
     start_process_state,
 )
-from hf_mics.admission import check_optimizer, preparation_turns, remember_replaced
+from hf_mics.admission import check_optimizer, check_state, preparation_turns, remember_replaced
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
 from hf_mics.checkpoint.resuming import around_checkpoint_function
 from hf_mics.checkpoint.stop import StopRequest
@@ -41,7 +41,7 @@ from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.model_methods import open_to_methods
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology, with_runner_flags
 from hf_mics.rank_watch import watch_ranks
-from hf_mics.sharding import checkpoint_activations, restore_scalars, shard_model
+from hf_mics.sharding import check_everywhere, checkpoint_activations, restore_scalars, shard_model
 from hf_mics.summary import start_up_summary
 
 
@@ -119,7 +119,7 @@ class MiCSAccelerator(StockAccelerator):
             ConfigError: ranks may have different numbers of them. Join works for DistributedDataParallel alone: under
                 FSDP ranks with batches left would wait for ever for those without.
         """
-        if self.num_processes > 1 and not (self.even_batches if even_batches is None else even_batches):
+        if self.num_processes > 1 and (not self.even_batches or even_batches is False):
             raise ConfigError(
                 "join_uneven_inputs cannot help sharded training: every rank takes part in every gather. Expected "
                 "even_batches=True, accelerate's default, with which all ranks have as many batches; got False."
@@ -151,7 +151,7 @@ class MiCSAccelerator(StockAccelerator):
         Raises:
             ConfigError: the object holds shards, which no other program could load.
         """
-        if isinstance(obj, Mapping) and any(isinstance(value, DTensor) for value in obj.values()):
+        if _holds_shards(obj):
             raise ConfigError(
                 "this state holds shards of parameters: expected whole tensors, as accelerator.get_state_dict(model) "
                 "gives, called on every rank; got what model.state_dict() returns."
@@ -212,6 +212,12 @@ class MiCSAccelerator(StockAccelerator):
         # A second time: a Trainer's second train(), or its retry with a smaller batch.
         again = next((arg for arg in args if isinstance(arg, torch.nn.Module) and arg in _SHARDED), None)
         if again is None:
+            # Before accelerate takes hold of anything, so that a refused prepare leaves nothing behind.
+            for item in args:
+                if isinstance(item, torch.optim.Optimizer):
+                    check_state(item)
+                elif isinstance(item, torch.nn.Module):
+                    check_everywhere(item)
             return_parameters = _remember_parameters(args)
             before = _parameters(args)
             with replaced_preparation(shard_model, checkpoint_activations):
@@ -256,6 +262,12 @@ class MiCSAccelerator(StockAccelerator):
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _holds_shards(obj: Any) -> bool:
+    if isinstance(obj, Mapping):
+        return any(map(_holds_shards, obj.values()))
+    return any(map(_holds_shards, obj)) if isinstance(obj, list | tuple) else isinstance(obj, DTensor)
 
 
 # Models that a MiCSAccelerator has prepared.

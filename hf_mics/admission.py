@@ -48,8 +48,8 @@ def preparation_turns(items: Sequence[Any]) -> list[list[int]]:
             raise ConfigError(
                 f"prepare() was given a {type(items[model]).__name__} without its optimizer, which needs the "
                 "parameters that sharding makes. Pass both in one call, prepare(model, optimizer, ...); one that is "
-                "only read (a teacher, a loss, evaluation alone) needs model.to(accelerator.device), or "
-                "prepare_model(model, evaluation_mode=True)."
+                "only read (a teacher, a loss, evaluation alone) needs model.to(accelerator.device), and for mixed "
+                "precision prepare_model(model, evaluation_mode=True) as well."
             )
     if len(turns) < 2:
         return [list(range(len(items)))]
@@ -105,6 +105,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError(
             f"{type(optimizer).__name__} cannot work on sharded parameters: {reason}. Expected an element-wise one: "
             "AdamW, Adam, SGD, RMSprop, Adagrad, Lion, ..."
+        )
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer whose state would be lost: it belongs to parameters that sharding replaces.
+
+    Raises:
+        ConfigError: it has stepped, or state was loaded into it.
+    """
+    # Adagrad makes state in its constructor, of step 0.
+    if any(state and float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
+        raise ConfigError(
+            f"this {type(optimizer).__name__} has state from before prepare(), which would be lost with the parameters "
+            "that it belongs to. Load after prepare(), with accelerator.load_state(folder) or torch.distributed."
+            "checkpoint.state_dict.set_optimizer_state_dict(model, optimizer, ...)."
         )
 
 

@@ -6,8 +6,10 @@ evaluated as it is, whole on every rank, and is afterwards as it was: training t
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from torch import nn
 from hf_mics._hf_compat import known_for_evaluation
 from hf_mics._torch_compat import is_root
 from hf_mics.errors import ConfigError
-from hf_mics.sharding import share_weights
+from hf_mics.sharding import check_everywhere, share_weights
 
 
 def evaluation_loop(stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,13 +33,29 @@ def evaluation_loop(stock: Callable[..., Any], trainer: Any, *args: Any, **kwarg
     # Another Trainer may have sharded the model before.
     if not is_root(model):
         _make_whole(accelerator, model)
-    with known_for_evaluation(accelerator, model):
+    with _unchanged_tensors(model), known_for_evaluation(accelerator, model):
         return stock(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _unchanged_tensors(model: nn.Module) -> Iterator[None]:
+    """Inside, a Trainer with `bf16_full_eval` may cast the model; training begins with the weights from before."""
+    weights = [(param, param.data) for param in model.parameters()]
+    buffers = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for param, data in weights:
+            param.data = data
+        for module, former in buffers:
+            for name, buffer in former.items():
+                setattr(module, name, buffer)
 
 
 def _make_whole(accelerator: Any, model: nn.Module) -> None:
     """Brings the whole `model` to this rank's device, with rank 0's weights, as training will have them."""
     _check_weights(model)
+    check_everywhere(model)
     if accelerator.is_main_process:
         print(
             "MiCS: training has not begun, so the model is evaluated unsharded, whole on every rank. "
@@ -51,7 +69,7 @@ def _make_whole(accelerator: Any, model: nn.Module) -> None:
 
 def _check_weights(model: nn.Module) -> None:
     missing: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(missing, any(param.is_meta for param in model.parameters()))
+    dist.all_gather_object(missing, any(t.is_meta for t in chain(model.parameters(), model.buffers())))
     if any(missing):
         raise ConfigError(
             "the model cannot be evaluated before training: it would be evaluated unsharded, and expects its weights "

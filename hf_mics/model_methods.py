@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from hf_mics._torch_compat import override_method, plain
+from hf_mics.checkpoint.prompts import computed_prompts
 from hf_mics.errors import ConfigError
 from hf_mics.sharding import restore_scalars
 
@@ -31,18 +34,26 @@ def open_to_methods(model: nn.Module) -> None:
 
 
 def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:
+    parameters = inspect.signature(stock)
+
     @functools.wraps(stock)
     def save_pretrained(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("state_dict") is None:
-            if "is_main_process" not in kwargs:
-                # Gathering is collective, and this may be rank 0 alone: it would wait for the others for ever.
-                raise ConfigError(
-                    "save_pretrained needs the whole weights, which no rank has. Call it on every rank with "
-                    "is_main_process=accelerator.is_main_process, as accelerate's examples do, or pass "
-                    "state_dict=accelerator.get_state_dict(model), taken on every rank. A Trainer has save_model()."
-                )
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            kwargs["state_dict"] = restore_scalars(model, get_model_state_dict(model, options=options))
-        return stock(*args, **kwargs)
+        given = parameters.bind_partial(*args, **kwargs).arguments
+        given = given | given.pop("kwargs", {})
+        if given.get("state_dict") is not None or given.get("distributed_checkpoint"):
+            return stock(*args, **kwargs)
+        if "is_main_process" not in given:
+            # Gathering is collective, and this may be rank 0 alone: it would wait for the others for ever.
+            raise ConfigError(
+                "save_pretrained needs the whole weights, which no rank has. Call it on every rank with "
+                "is_main_process=accelerator.is_main_process, as accelerate's examples do (and upload the folder for "
+                "push_to_hub), or pass state_dict=accelerator.get_state_dict(model), taken on every rank. A Trainer "
+                "has save_model()."
+            )
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        kwargs["state_dict"] = restore_scalars(model, get_model_state_dict(model, options=options))
+        with computed_prompts(model):
+            # Gathered for rank 0 alone; PEFT looks its tensors up before it asks who writes.
+            return None if dist.get_rank() else stock(*args, **kwargs)
 
     return save_pretrained

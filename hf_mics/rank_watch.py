@@ -63,6 +63,11 @@ class RankWatch:
         self._say(b"0")
         self._thread.start()
 
+    @property
+    def has_left(self) -> bool:
+        """Whether this rank has stopped beating, with a last word or on its way to one."""
+        return self._stop.is_set()
+
     def leave(self, word: bytes = _LEFT) -> bool:
         """Stops beating, with a last word that says why; returns whether the store took it."""
         self._stop.set()
@@ -229,5 +234,10 @@ def watch_ranks(hosts: Sequence[str]) -> None:
             print(explanation, file=sys.stderr, flush=True)
 
     sys.excepthook = excepthook
+
+    def at_exit() -> None:
+        if not watch.has_left:
+            watch.leave(_RAISED if getattr(sys, "last_value", None) else _LEFT)
+
     # Registered after the one that leaves the job, hence run before it.
-    atexit.register(lambda: None if getattr(sys, "last_value", None) else watch.leave())
+    atexit.register(at_exit)

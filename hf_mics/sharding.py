@@ -26,7 +26,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mics._hf_compat import keeps_cache_out_of_recomputation
-from hf_mics._torch_compat import plain
+from hf_mics._torch_compat import class_before_sharding, plain
 from hf_mics.admission import check_model
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import say_to_all
@@ -87,17 +87,14 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     Parameters may be on the meta device on every rank but 0. Trainable parameters become fp32 under mixed precision.
 
     Raises:
-        ConfigError: ranks hold different models, a named layer class does not occur, rank 0 itself has no weights, or
-            the model has something that sharding would lose (`check_model`).
+        ConfigError: a named layer class does not occur, or rank 0 itself has no weights.
     """
     if isinstance(plain(model), FSDPModule) or isinstance(model, FSDPModule):
         keep_class_name(model)
         return model
-    check_model(model)
     plugin = accelerator.state.fsdp_plugin
     if accelerator.mixed_precision != "no":
         _upcast_trainable(model)
-    _check_same_everywhere(model)
     _check_weights_exist(model)
     ignored = _ignored_parameters(plugin, model, accelerator.device)
     _widen_scalars(model, ignored)
@@ -133,9 +130,9 @@ def keep_class_name(model: nn.Module) -> None:
     FSDP2 calls it FSDPGPT2LMHeadModel and so on. transformers goes by names: its Trainer shifts labels under label
     smoothing for the class names of causal language models, and `save_pretrained` finds a class's renamed weights so.
     """
-    kind = type(model)
-    if issubclass(kind, FSDPModule):
-        kind.__name__ = kind.__mro__[2].__name__
+    for module in (model, plain(model)):
+        if isinstance(module, FSDPModule):
+            type(module).__name__ = class_before_sharding(module).__name__
 
 
 def scalar_names(model: nn.Module) -> set[str]:
@@ -180,12 +177,22 @@ def _upcast_trainable(model: nn.Module) -> None:
             param.data = param.data.float()
 
 
-def _check_same_everywhere(model: nn.Module) -> None:
-    """Weights are spread from rank 0 one by one: a rank that holds more or fewer of them would wait for ever."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    described = repr([(name, tuple(tensor.shape)) for name, tensor in tensors])
-    digest = hashlib.sha256(described.encode()).hexdigest()
-    everyone = say_to_all(lambda: (len(tensors), digest))
+def check_everywhere(model: nn.Module) -> None:
+    """Refuses what sharding would lose (`check_model`), and models that differ between ranks; a collective.
+
+    Weights are spread from rank 0 one by one: a rank that holds more or fewer of them would wait for ever.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+
+    def say() -> tuple[int, str]:
+        check_model(model)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        described = repr([(name, tuple(tensor.shape)) for name, tensor in tensors])
+        return len(tensors), hashlib.sha256(described.encode()).hexdigest()
+
+    everyone = say_to_all(say)
     other = next((rank for rank, said in enumerate(everyone) if said != everyone[0]), None)
     if other is not None:
         raise ConfigError(

@@ -138,7 +138,8 @@ def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
         if has_gradient_hook(param):
             raise ConfigError(
                 f"{name} has a hook of register_hook, which FSDP2 never calls. Change gradients between backward and "
-                "the optimizer step, or use register_post_accumulate_grad_hook after prepare()."
+                "the optimizer step, or use register_post_accumulate_grad_hook after prepare(). (wandb.watch registers "
+                "such hooks for log='gradients' or 'all'; WANDB_WATCH=false turns it off.)"
             )
 
 

@@ -121,7 +121,7 @@ def test_a_model_is_evaluated_before_training_as_under_ddp_and_trains_as_if_it_h
     """Stock DDP is no twin for the training: evaluated first, a Trainer trains unsynchronized (accelerate 1.15)."""
     stock = trainer_of(None)
     expected = stock.evaluate()["eval_loss"], torch.as_tensor(stock.predict(stock.eval_dataset).predictions)
-    for settings in ({}, {"bf16": True}):
+    for settings in ({}, {"bf16": True}, {"bf16_full_eval": True}):
         undisturbed = trainer_of(layout, **settings)
         undisturbed.train()
         trainer = trainer_of(layout, **settings)

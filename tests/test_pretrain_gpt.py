@@ -19,7 +19,7 @@ from tests.recipes import (
     ENVIRONMENT,
     MICS_4X2,
     ROOT,
-    assert_told_once,
+    assert_told,
     command,
     count_on_ranks,
     run_alone,
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_leaves_the_checkpoints_b
     """The second step's rate makes weights whose products overflow, so the third loss is NaN; every step saves."""
     flags = (*common, "--output_dir", tmp_path, "--report_to", "none", "--max_steps", 4, "--save_steps", 1)
     ranks = run_on_ranks(RECIPE, *flags, "--learning_rate", 1e30)
-    assert_told_once(ranks, "the loss is not finite: optimizer step 3, micro-step 1, seen first by rank 0 on node")
+    assert_told(ranks, "the loss is not finite: optimizer step 3, micro-step 1, seen first by rank 0 on node")
     found = find_checkpoints(tmp_path / "checkpoints", "step_")
     assert [path.name for path in found.complete] == ["step_00000001", "step_00000002"]
     assert sorted((tmp_path / "checkpoints").iterdir()) == found.complete
@@ -153,4 +153,4 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_leaves_the_checkpoints_b
 
 def test_bad_input_is_one_clear_error_that_ends_every_rank(common: list[str | Path], tmp_path: Path):
     ranks = run_on_ranks(RECIPE, *common, "--output_dir", tmp_path, "--max_steps", 2, "--block_size", 4096)
-    assert_told_once(ranks, "Blocks longer than the model's context: expected a --block_size of at most 16, got 4096")
+    assert_told(ranks, "Blocks longer than the model's context: expected a --block_size of at most 16, got 4096")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,9 +89,26 @@ def check_methods(folder: str) -> dict[str, Any]:
     accelerator.unwrap_model(model).save_pretrained(
         folder, is_main_process=accelerator.is_main_process, save_function=accelerator.save
     )
-    with pytest.raises(ConfigError, match="get_state_dict"):
-        accelerator.save(model.state_dict(), f"{folder}/weights.pt")
+    for state in (model.state_dict(), {"step": 1, "models": [model.state_dict()]}):
+        with pytest.raises(ConfigError, match="get_state_dict"):
+            accelerator.save(state, f"{folder}/weights.pt")
+
+    accelerator = fresh_accelerator()
+    # PEFT trains the whole head of a classifier beside the adapter.
+    model = peft.get_peft_model(tiny_classifier(), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    accelerator.backward(model(input_ids=rows, labels=torch.tensor([0, 1])).loss)
+    optimizer.step()
+    accelerator.unwrap_model(model).save_pretrained(f"{folder}/adapter", is_main_process=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    seen["adapter"] = {name: weight for name, weight in full_weights(model).items() if "default" in name}
     return seen
+
+
+def tiny_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=61, num_labels=2, **shape))
 
 
 def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_whole_one(tmp_path: Path) -> None:
@@ -106,6 +124,10 @@ def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_wh
     assert largest_difference(dict(loaded.named_parameters()), trained) == 0.0
     assert torch.equal(seen[0]["texts"][-1], loaded.generate(tiny.token_rows(2), max_new_tokens=4))
     assert not (tmp_path / "weights.pt").exists()
+    adapted = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "adapter")
+    trained = {name: weight for name, weight in adapted.named_parameters() if "default" in name}
+    assert len(trained) == 4
+    assert largest_difference(trained, seen[0]["adapter"]) == 0.0
 
 
 def check_buffers(folder: str) -> list[dict[str, torch.Tensor]]:
@@ -156,6 +178,16 @@ def check_refusals() -> None:
     width = 3 + dist.get_rank()
     uneven = nn.Sequential(nn.Linear(width, 2))
     refused("ranks hold different Sequentials: rank 0 has 2.*tie_weights", uneven, make_optimizer(uneven))
+
+    stepped = make_optimizer(first)
+    first(torch.ones(2, 7)).sum().backward()
+    stepped.step()
+    refused("SGD has state from before prepare", first, stepped)
+    first.zero_grad()
+    refused("SparseAdam cannot", first, torch.optim.SparseAdam(list(first.parameters())))
+    adagrad = torch.optim.Adagrad(second.parameters())
+    assert accelerator.prepare(second, adagrad)
+    assert len(accelerator._models) == 1, "what was refused has left nothing behind"
 
     forgotten = torch.optim.SGD(first[2].parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(first, make_optimizer(first))

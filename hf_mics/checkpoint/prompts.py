@@ -49,11 +49,11 @@ def _whole(encoder: nn.Module) -> Iterator[None]:
     """Inside, `encoder` has its whole parameters, and no dropout, which would draw from training's random stream."""
     modes = {module: module.training for module in encoder.modules()}
     held = [(module, name, p) for module in modes for name, p in module.named_parameters(recurse=False)]
-    for module, name, param in held:
-        whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
-        setattr(module, name, nn.Parameter(whole, requires_grad=False))
-    encoder.eval()
     try:
+        for module, name, param in held:
+            whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+            setattr(module, name, nn.Parameter(whole, requires_grad=False))
+        encoder.eval()
         yield
     finally:
         for module, name, param in held:

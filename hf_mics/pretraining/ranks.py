@@ -89,9 +89,10 @@ def mistakes_told_once() -> Iterator[None]:
     try:
         yield
     except MiCSError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        else:
-            # The launcher ends all ranks as soon as one has ended, and the first may still be starting.
+        if os.environ.get("RANK", "0") != "0":
+            # The launcher ends all ranks as soon as one has ended, and the first may still be starting. If it does not,
+            # the mistake is of this rank alone.
             time.sleep(1 if dist.is_initialized() else 5)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.last_value = error  # as after a traceback: others may still be in a collective
         sys.exit(2)

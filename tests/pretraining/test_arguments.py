@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_mics.errors import ConfigError
 from hf_mics.pretraining.arguments import RecipeArguments
-from recipes.pretrain_gpt import PretrainArguments
+from recipes.pretrain_gpt import PretrainArguments, build_optimizer
 
 
 def parse(tmp_path: Path, *flags: str) -> RecipeArguments:
@@ -62,3 +62,10 @@ def test_values_that_train_nothing_or_uphill_are_refused(tmp_path: Path, flag: s
     if flag in ("gradient_accumulation_steps", "learning_rate", "weight_decay"):
         with pytest.raises(ConfigError, match=f"--{flag} must be at least {least}, got"):
             parse(tmp_path, f"--{flag}", str(value))
+
+
+def test_zero_is_no_default(tmp_path: Path):
+    model = torch.nn.Linear(2, 2)
+    optimizer, _ = build_optimizer(PretrainArguments(learning_rate=0.0), model, 3e-4)
+    assert optimizer.param_groups[0]["initial_lr"] == 0
+    assert PretrainArguments(max_grad_norm=0.0).max_grad_norm == 0
