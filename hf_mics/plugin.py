@@ -205,7 +205,7 @@ def resolve_topology(plugin: MiCSPlugin, sizes: RequestedSizes, *, world_size: i
         if sizes.shard * replicate != world_size:
             fitting = f"parallelism_config_dp_replicate_size to {world_size // sizes.shard}"
             if world_size % sizes.shard:
-                fitting = f"parallelism_config_dp_shard_size to 1 and dp_replicate_size to {world_size}"
+                fitting = f"parallelism_config_dp_shard_size to {world_size} and dp_replicate_size to 1"
             raise ConfigError(
                 "dp_shard_size x dp_replicate_size must equal num_processes: got "
                 f"{sizes.shard} x {replicate} = {sizes.shard * replicate}, expected {world_size}. In the accelerate "

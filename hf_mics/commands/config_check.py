@@ -105,6 +105,8 @@ def _values_of_the_launch(config: Config) -> Iterator[str]:
     port = config.get("main_process_port")
     if port is not None and (type(port) is not int or port not in range(2**16)):
         yield f"main_process_port must be a number from 0 to 65535, without quotes, got {port!r}"
+    if str(config.get("use_cpu", False)).lower() not in TRUE + FALSE:
+        yield f"use_cpu must be true or false, got {config['use_cpu']!r}"
     dynamo = section(config, "dynamo_config")
     backend = dynamo.get("dynamo_backend")
     if backend is not None and (not isinstance(backend, str) or backend.upper() not in [*DynamoBackend]):

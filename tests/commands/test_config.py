@@ -252,6 +252,7 @@ def test_every_mistake_is_found_before_launch(
             "gpu_ids must be text, got [0, 1]: set gpu_ids: all, or numbers in quotes, '0,1'",
         ),
         (changed(None, gpu_ids=0), "gpu_ids must be text, got 0"),
+        (changed(None, use_cpu={}), "use_cpu must be true or false, got {}"),
         (changed(None, main_process_port="29500"), "must be a number from 0 to 65535, without quotes, got '29500'"),
         (changed(None, main_process_port=99999), "must be a number from 0 to 65535, without quotes, got 99999"),
         (
