@@ -219,11 +219,10 @@ class MiCSAccelerator(StockAccelerator):
                 elif isinstance(item, torch.nn.Module):
                     check_everywhere(item)
             return_parameters = _remember_parameters(args)
-            before = _parameters(args)
-            with replaced_preparation(shard_model, checkpoint_activations):
+            models = [arg for arg in args if isinstance(arg, torch.nn.Module)]
+            with remember_replaced(models), replaced_preparation(shard_model, checkpoint_activations):
                 result = super()._prepare_fsdp2(*args)
             return_parameters(result)
-            remember_replaced(before, _parameters(result))
         else:
             result = prepare_beside_sharded(self, again, *args)
         for item in result:

@@ -136,7 +136,7 @@ def _adapter_names(checkpoint: Path, names: Iterable[str], stored: dict[str, str
         raise CheckpointError(
             f"{checkpoint} holds an adapter beside its base model, and nothing in it tells them apart: resume from it "
             "in the Trainer that saved it, and call save_model() there; or load it in the loop that saved it, and call "
-            "the PEFT model's save_pretrained, which cannot store prompts (prompt, prefix, p-tuning) that are sharded."
+            "the PEFT model's save_pretrained(folder, is_main_process=accelerator.is_main_process)."
         )
     return {name: name for name in names}
 

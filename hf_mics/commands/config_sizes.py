@@ -54,12 +54,6 @@ class Sizes:
             )
 
     def _form_groups(self, machines: int, processes: int, shard: int | None, replicate: int | None) -> None:
-        if shard == 1:
-            self.mistakes.append(
-                "dp_shard_size is 1, which accelerate refuses: leave parallelism_config out and launch with -m hf_mics "
-                "--partition-size 1"
-            )
-            return
         node_size = processes // machines
         if shard is None and replicate is not None:
             if processes % replicate:

@@ -76,24 +76,16 @@ class LaunchConfig:
             "  fsdp_cpu_ram_efficient_loading: true",
             "  fsdp_state_dict_type: SHARDED_STATE_DICT",
             "  # No fsdp_auto_wrap_policy and no fsdp_transformer_layer_cls_to_wrap: hf_mics finds the layers.",
+            "parallelism_config:",
+            f"  parallelism_config_dp_shard_size: {self.partition_size}",
+            f"  parallelism_config_dp_replicate_size: {topology.replication_size}",
         ]
-        if self.partition_size > 1:
-            lines += [
-                "parallelism_config:",
-                f"  parallelism_config_dp_shard_size: {self.partition_size}",
-                f"  parallelism_config_dp_replicate_size: {topology.replication_size}",
-            ]
-        else:
-            lines += [
-                "# Accelerate refuses groups of one rank in a config. The runner's --partition-size 1 makes them, or",
-                "# MiCSPlugin(partition_size=1) in the script; without either a node is the partition group.",
-            ]
         return "\n".join(lines) + "\n"
 
     def command(self, file: str) -> str:
         """How to launch a script with the config `file`."""
         where = f" --machine_rank 0..{self.nodes - 1} --main_process_ip HOST" if self.nodes > 1 else ""
-        flags = (" --partition-size 1" if self.partition_size == 1 else "") + ("" if self.hierarchical else " --flat")
+        flags = "" if self.hierarchical else " --flat"
         return f"accelerate launch --config_file {shlex.quote(file)}{where} -m hf_mics{flags} train.py"
 
     def save(self, file: str, *, force: bool) -> None:

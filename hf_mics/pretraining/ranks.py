@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -44,10 +44,10 @@ def broadcast_from_main(build: Callable[[], T]) -> T:
             message[1] = error if isinstance(error, ConfigError) else RuntimeError(told)
     if state.num_processes > 1:
         broadcast_object_list(message)
-    result, error_of_main = message
-    if failure or isinstance(error_of_main, Exception):
-        raise failure or error_of_main  # type: ignore[misc]
-    return result  # type: ignore[return-value]
+    error_of_main = failure or message[1]
+    if isinstance(error_of_main, Exception):
+        raise error_of_main
+    return cast(T, message[0])
 
 
 def main_process_first(build: Callable[[], T]) -> T:

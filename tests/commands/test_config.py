@@ -22,7 +22,9 @@ def command(nodes: int, gpus: int, partition: int, *more: str) -> list[str]:
     return ["config", "--nodes", f"{nodes}", "--gpus-per-node", f"{gpus}", "--partition-size", f"{partition}", *more]
 
 
-@pytest.mark.parametrize(("nodes", "gpus", "partition"), [(1, 8, 2), (1, 8, 8), (4, 8, 8), (16, 8, 16), (3, 4, 12)])
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "partition"), [(2, 2, 1), (1, 8, 2), (1, 8, 8), (4, 8, 8), (16, 8, 16), (3, 4, 12)]
+)
 def test_accelerate_launch_reads_the_sizes_that_were_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], nodes: int, gpus: int, partition: int
 ):
@@ -43,14 +45,6 @@ def test_accelerate_launch_reads_the_sizes_that_were_asked_for(
     capsys.readouterr()
     assert main(["check", str(file)]) == 0
     assert "no mistakes found" in capsys.readouterr().out
-
-
-def test_groups_of_one_rank_are_left_to_the_runner(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Accelerate refuses dp_shard_size 1."""
-    assert main(command(2, 2, 1)) == 0
-    out = capsys.readouterr().out
-    assert "-m hf_mics --partition-size 1 train.py" in out
-    assert "parallelism_config" not in yaml.safe_load(out)
 
 
 def test_what_was_asked_for_is_written(capsys: pytest.CaptureFixture[str]):
@@ -221,7 +215,6 @@ def sizes(**values: Any) -> dict[str, Any]:
         (changed(None, machine_rank=5), "machine_rank must be 0 to 1 with num_machines 2, got 5"),
         (changed(None, gpu_ids="0,1"), "gpu_ids names 2 GPUs, and num_processes over num_machines puts 8 ranks"),
         (changed("fsdp_config", fsdp_auto_wrap_policy="LAYERS"), "fsdp_auto_wrap_policy must be"),
-        (sizes(dp_shard_size=1, dp_replicate_size=16), "dp_shard_size is 1, which accelerate refuses"),
         (sizes(dp_replicate_size=3), "got 8 x 3 = 24, expected 16; set dp_replicate_size to 2"),
         (sizes(dp_shard_size=...), "dp_replicate_size without dp_shard_size: set dp_shard_size to 8"),
         (sizes(dp_shard_size=0), "parallelism_config_dp_shard_size must be a positive integer, got 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_mics.errors import ConfigError
 from hf_mics.pretraining.arguments import RecipeArguments
-from recipes.pretrain_gpt import PretrainArguments, build_optimizer
+from hf_mics.pretraining.checkpoints import Progress
+from recipes.pretrain_gpt import PretrainArguments, build_optimizer, optimizer_steps
 
 
 def parse(tmp_path: Path, *flags: str) -> RecipeArguments:
@@ -64,8 +66,14 @@ def test_values_that_train_nothing_or_uphill_are_refused(tmp_path: Path, flag: s
             parse(tmp_path, f"--{flag}", str(value))
 
 
-def test_zero_is_no_default(tmp_path: Path):
-    model = torch.nn.Linear(2, 2)
-    optimizer, _ = build_optimizer(PretrainArguments(learning_rate=0.0), model, 3e-4)
+@pytest.mark.parametrize(("max_grad_norm", "clipped_to"), [(0.5, 0.5), (0.0, float("inf"))])
+def test_zero_is_a_value_and_no_default(max_grad_norm: float, clipped_to: float):
+    model, accelerator = mock.MagicMock(), mock.MagicMock(num_processes=1, sync_gradients=True)
+    model.return_value.loss = torch.zeros(())
+    args = PretrainArguments(learning_rate=0.0, max_grad_norm=max_grad_norm)
+    optimizer, scheduler = build_optimizer(args, torch.nn.Linear(2, 2), 3e-4)
     assert optimizer.param_groups[0]["initial_lr"] == 0
-    assert PretrainArguments(max_grad_norm=0.0).max_grad_norm == 0
+    loader = mock.MagicMock(__iter__=lambda _: iter([{"input_ids": torch.zeros(1, 2)}]))
+    with mock.patch("recipes.pretrain_gpt.LossWatch"):
+        next(optimizer_steps(accelerator, model, optimizer, scheduler, loader, Progress(), args))
+    assert accelerator.clip_grad_norm_.call_args.args[1] == clipped_to
