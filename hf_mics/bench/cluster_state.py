@@ -22,7 +22,7 @@ from typing import Literal
 
 import psutil
 
-from hf_mics.bench import namespaces
+from hf_mics.bench import cpu_share, namespaces
 from hf_mics.errors import ConfigError, MiCSError
 
 FOLDER = Path("/run/hf_mics_clusters")
@@ -42,6 +42,7 @@ class Record:
     name: str
     nodes: int
     rate_mbit: float | None
+    cpus_per_node: float | None
     namespaces: list[str]
     owner_pid: int | None
     owner_started_s: float | None
@@ -58,12 +59,20 @@ class Record:
         return "left over"
 
 
-def claim(name: str, *, nodes: int, rate_mbit: float | None, names: Sequence[str], owner_pid: int | None) -> Record:
+def claim(
+    name: str,
+    *,
+    nodes: int,
+    rate_mbit: float | None,
+    cpus_per_node: float | None,
+    names: Sequence[str],
+    owner_pid: int | None,
+) -> Record:
     """Writes the record of a cluster that is about to be created.
 
     Raises:
         ConfigError: the name is taken, by a live cluster or by one left over from a crash, or a namespace of one of the
-            `names` exists that no record explains.
+            `names`, or a control group, exists that no record explains.
     """
     found = read(name)
     if found is not None:
@@ -81,8 +90,13 @@ def claim(name: str, *, nodes: int, rate_mbit: float | None, names: Sequence[str
             f"network namespaces {clash} exist already and belong to no virtual cluster. They are left alone; choose "
             f"another name than {name!r}."
         )
+    if cpus_per_node is not None and (clash := [found for each in names for found in cpu_share.existing(each)]):
+        raise ConfigError(
+            f"control groups {clash} exist already and belong to no virtual cluster. They are left alone; choose "
+            f"another name than {name!r}."
+        )
     started = psutil.Process(owner_pid).create_time() if owner_pid is not None else None
-    record = Record(name, nodes, rate_mbit, list(names), owner_pid, started)
+    record = Record(name, nodes, rate_mbit, cpus_per_node, list(names), owner_pid, started)
     FOLDER.mkdir(parents=True, exist_ok=True)
     try:
         with _file(name).open("x") as file:
@@ -108,7 +122,7 @@ def read_all() -> list[Record]:
 
 
 def take_down(record: Record) -> None:
-    """Kills what runs on the cluster's nodes, deletes its namespaces, and removes the record; done twice, no harm."""
+    """Kills what runs on the nodes, deletes namespaces and control groups, then the record; done twice, no harm."""
     for name in sorted(namespaces.existing().intersection(record.namespaces)):
         kill_all_in(name)
         # The owner and its guard may both be at it.
@@ -116,6 +130,9 @@ def take_down(record: Record) -> None:
             namespaces.delete(name)
     if left := sorted(namespaces.existing().intersection(record.namespaces)):
         raise MiCSError(f"network namespaces {left} of virtual cluster {record.name!r} could not be deleted.")
+    if record.cpus_per_node is not None:
+        for name in record.namespaces:
+            cpu_share.delete(name)
     _file(record.name).unlink(missing_ok=True)
 
 

@@ -127,8 +127,7 @@ class Configuration:
         model: "gpt2" (10.6 M parameters) or "bert" (10.8 M); "gpt2-short" is a tenth of that, for short runs.
         nodes, node_size: nodes and ranks per node.
         rate_mbit: the rate of each node's NIC, both ways; None: not shaped.
-        copies: how many such clusters train side by side on this machine, each on its own; the first one is measured.
-            Clusters of different sizes are compared under the same load of CPUs when nodes x copies is the same.
+        cpus_per_node: the share of this machine's CPUs that a node has; None: what the others leave it.
         micro_steps: micro-steps per optimizer step.
         partition_size: ranks in a partition group; None for systems without.
         hierarchical: two-stage collectives where a partition group spans nodes (hf_mics; in DeepSpeed's MiCS
@@ -147,7 +146,7 @@ class Configuration:
     model: ModelName = "gpt2"
     nodes: int = 4
     node_size: int = 2
-    copies: int = 1
+    cpus_per_node: float | None = None
     rate_mbit: float | None = 400.0
     micro_steps: int = 4
     partition_size: int | None = None
@@ -166,7 +165,7 @@ class Configuration:
             raise ConfigError(f"unknown model {self.model!r}: expected one of {', '.join(get_args(ModelName))}.")
         if self.wire not in get_args(Wire):
             raise ConfigError(f"unknown wire {self.wire!r}: expected one of {', '.join(get_args(Wire))}.")
-        for name in ("nodes", "node_size", "copies", "micro_steps", "steps", "rows", "tokens"):
+        for name in ("nodes", "node_size", "micro_steps", "steps", "rows", "tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
@@ -183,7 +182,7 @@ class Configuration:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all, of one copy."""
+        """Ranks in all."""
         return self.nodes * self.node_size
 
     @property
@@ -218,9 +217,9 @@ class Configuration:
     def identity(self) -> str:
         """A name that is the same for equal runs, whatever the number of steps."""
         rate = "unshaped" if self.rate_mbit is None else f"{self.rate_mbit:g}mbit"
-        copies = f"-{self.copies}copies" if self.copies > 1 else ""
+        share = "" if self.cpus_per_node is None else f"-{self.cpus_per_node:g}cpus"
         return (
-            f"{self.model}-{self.nodes}x{self.node_size}{copies}-{rate}-acc{self.micro_steps}-"
+            f"{self.model}-{self.nodes}x{self.node_size}{share}-{rate}-acc{self.micro_steps}-"
             f"{self.rows}x{self.tokens}-{self.variant}"
         )
 

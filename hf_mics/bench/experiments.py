@@ -95,14 +95,13 @@ def _rate() -> list[Configuration]:
 
 
 def _weak_scaling() -> list[Configuration]:
-    # Always 16 ranks on the machine's CPUs: 8 clusters of one node at once, 4 of two, and so on. A NIC slow enough that
-    # time on the wire outweighs what 16 ranks need of those CPUs to copy and compute.
+    # A rank has a tenth of a CPU at every size, so that 16 of them leave the kernel a fifth of two CPUs. A NIC slow
+    # enough that time on the wire outweighs what a rank needs of its share to copy and compute.
     base = Configuration(system="fsdp2", steps=2, micro_steps=2, rate_mbit=100.0)
-    shapes = [replace(base, nodes=nodes, node_size=2, copies=8 // nodes) for nodes in (1, 2, 4, 8)]
+    shapes = [replace(base, nodes=nodes, node_size=2, cpus_per_node=0.2) for nodes in (1, 2, 4, 8)]
     # On nodes of one rank a partition group has to span two of them, and hop 1 goes over the NICs.
-    shapes += [replace(base, nodes=nodes, node_size=1, copies=16 // nodes) for nodes in (2, 4, 8, 16)]
-    # Copies start one after the other, and load the CPUs alike once the last of them is there.
-    return [run for shape in shapes for run in (_mics(shape, 2, warm_up_steps=3, steps=3), shape)]
+    shapes += [replace(base, nodes=nodes, node_size=1, cpus_per_node=0.1) for nodes in (2, 4, 8, 16)]
+    return [run for shape in shapes for run in (_mics(shape, 2, steps=3), shape)]
 
 
 def _hierarchical() -> list[Configuration]:

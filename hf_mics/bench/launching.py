@@ -36,7 +36,7 @@ class Outcome:
 def launch(
     cluster: VirtualCluster | None, configurations: Sequence[Configuration], folder: Path, *, timeout_s: float
 ) -> list[Outcome]:
-    """Runs the configurations one after the other in one launch; all of one environment, shape and number of copies.
+    """Runs the configurations one after the other in one launch; all of one environment and shape.
 
     On a cluster, this project's systems start with one `accelerate launch --num_machines` per node and peers with one
     `torchrun` per node. Without, on the loopback of this machine.
@@ -48,25 +48,23 @@ def launch(
         timeout_s: seconds that one job may take.
 
     Returns:
-        The outcome of each configuration, of its first copy; a failure if any copy failed.
+        The outcome of each configuration.
     """
     first = configurations[0]
-    folders = [folder / f"copy{copy}" for copy in range(first.copies)]
     jobs = {
         "configurations": [c.to_json() for c in configurations],
         "nic": NIC if cluster is not None else None,
         "first_port": 29600 if cluster is not None else _free_port(),
         "timeout_s": timeout_s,
     }
-    for of_copy in folders:
-        of_copy.mkdir(parents=True)
-        (of_copy / _JOBS).write_text(json.dumps(jobs))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _JOBS).write_text(json.dumps(jobs))
     limit_s = _START_UP_S + timeout_s * len(configurations)
     if cluster is None:
-        _launch_here(first, folders[0], limit_s)
+        _launch_here(first, folder, limit_s)
     else:
-        _launch_on(cluster, first, folders, limit_s)
-    return [_collect(folders, index, c) for index, c in enumerate(configurations)]
+        _launch_on(cluster, first, folder, limit_s)
+    return [_collect(folder, index, c) for index, c in enumerate(configurations)]
 
 
 def _environment() -> dict[str, str]:
@@ -87,22 +85,17 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _launch_on(cluster: VirtualCluster, first: Configuration, folders: list[Path], limit_s: float) -> None:
+def _launch_on(cluster: VirtualCluster, first: Configuration, folder: Path, limit_s: float) -> None:
     python = str(interpreter(first.spec.environment))
 
-    def command(node: int) -> list[str]:
-        copy = node // first.nodes
-        arguments = _worker(folders[copy])
-        on = range(copy * first.nodes, (copy + 1) * first.nodes)
-        if first.spec.environment != OWN_ENVIRONMENT:
-            return cluster.torchrun_command(first.node_size, arguments, python=python, on=on)(node)
-        config = folders[copy] / "accelerate.yaml"
+    if first.spec.environment != OWN_ENVIRONMENT:
+        command = cluster.torchrun_command(first.node_size, _worker(folder), python=python)
+    else:
+        config = folder / "accelerate.yaml"
         config.write_text(yaml.safe_dump({**_CONFIG, "num_processes": first.world_size}))
-        return cluster.accelerate_command(config, first.node_size, arguments, python=python, on=on)(node)
-
+        command = cluster.accelerate_command(config, first.node_size, _worker(folder), python=python)
     for result in cluster.launch(command, env=_environment(), timeout_s=limit_s):
-        log = folders[result.node // first.nodes] / f"node{result.node}.log"
-        log.write_text(result.stdout + result.stderr)
+        (folder / f"node{result.node}.log").write_text(result.stdout + result.stderr)
 
 
 def _launch_here(first: Configuration, folder: Path, limit_s: float) -> None:
@@ -122,25 +115,23 @@ def _worker(folder: Path) -> list[str]:
     return ["-m", "hf_mics.bench.worker", str(folder / _JOBS)]
 
 
-def _collect(folders: Sequence[Path], job: int, configuration: Configuration) -> Outcome:
+def _collect(folder: Path, job: int, configuration: Configuration) -> Outcome:
     failures: list[str] = []
-    parts: list[list[Part]] = []
-    for folder in folders:
-        parts.append([])
-        for rank in range(configuration.world_size):
-            path = part_path(folder, job, rank)
-            values: dict[str, Any] = (
-                json.loads(path.read_text()) if path.exists() else {"error": f"rank {rank} left nothing behind"}
-            )
-            if "error" in values:
-                failures.append(str(values["error"]))
-            else:
-                parts[-1].append(Part(**values))
+    parts: list[Part] = []
+    for rank in range(configuration.world_size):
+        path = part_path(folder, job, rank)
+        values: dict[str, Any] = (
+            json.loads(path.read_text()) if path.exists() else {"error": f"rank {rank} left nothing behind"}
+        )
+        if "error" in values:
+            failures.append(str(values["error"]))
+        else:
+            parts.append(Part(**values))
     if failures:
         # The rank that failed first says why; the others then lost their connection to it.
         failures.sort(key=lambda text: ("Connection" in text, "did not finish" in text, "left nothing" in text))
         return Outcome([], failures[0])
-    return Outcome(parts[0])
+    return Outcome(parts)
 
 
 def _free_port() -> int:

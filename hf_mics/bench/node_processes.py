@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hf_mics.bench import cluster_state, namespaces
+from hf_mics.bench import cluster_state
 from hf_mics.errors import MiCSError
 
 
@@ -43,7 +43,7 @@ class NodeProcesses:
     """One running process per node; a context manager that leaves none behind.
 
     Args:
-        commands: the command of each node, by node.
+        commands: the command of each node, by node, which takes itself there.
         names: the namespace of each node, by node.
         environment: the whole environment of every process.
     """
@@ -61,7 +61,7 @@ class NodeProcesses:
                 # Files, not pipes: nobody has to read them while the nodes run.
                 with self._file(node, "out").open("wb") as out, self._file(node, "err").open("wb") as err:
                     self._processes[node] = subprocess.Popen(
-                        namespaces.inside(names[node], command),
+                        command,
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=err,

@@ -15,7 +15,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from hf_mics.bench.summaries import Summary
-from hf_mics.bench.tables import hop1_s
 
 _OURS, _THEIRS, _PALE = "#d1495b", "#30638e", "#b8c4ce"
 _PHASES = {
@@ -117,7 +116,7 @@ def weak_scaling(runs: Sequence[Summary], path: Path, note: str) -> None:
             color = _OURS if ours else _THEIRS
             axes.plot(nodes, [r.communication_s for r in mine], "o-", color=color, label=mine[0].configuration.label)
             if ours:
-                axes.plot(nodes, [hop1_s(r) for r in mine], "o:", color=color, label="of which hop 1")
+                axes.plot(nodes, [r.hop1_s for r in mine], "o:", color=color, label="of which hop 1")
         axes.set_xticks(sorted({run.configuration.nodes for run in runs}))
         axes.set_xlabel("nodes of 2 ranks, the same work per rank")
         axes.set_ylabel("seconds that a rank waits per optimizer step")

@@ -46,7 +46,9 @@ def expect(configuration: Configuration, cache: Path | None = None) -> Expectati
     c = configuration
     # Everything that decides which numbers are computed, and nothing else, so that systems share their reference.
     same = replace(c, system="reference", partition_size=None, rate_mbit=None, hierarchical=True, two_hop=True)
-    same = replace(same, warm_up_steps=0, steps=c.warm_up_steps + c.steps, nodes=1, node_size=c.world_size, copies=1)
+    same = replace(
+        same, warm_up_steps=0, steps=c.warm_up_steps + c.steps, nodes=1, node_size=c.world_size, cpus_per_node=None
+    )
     exact = _kept(replace(same, wire="float32"), "float64", cache)
     rounded = _kept(same, "float32", cache)
     distance = max(abs(a - b) for a, b in zip(exact, rounded, strict=True))

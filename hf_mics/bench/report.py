@@ -160,12 +160,9 @@ def _weak_scaling(report: Report) -> None:
     runs = report.section("weak-scaling")
     if runs:
         report.add(
-            "16 ranks share the CPUs at every size: clusters smaller than that train side by side, in copies of which "
-            "the first is measured, so that what grows is communication and not the load. Copies do not run in step, "
-            "though: while one waits for its NICs, another has the CPUs for its hop 1. In one cluster of 16 ranks all "
-            "run hop 1 at once, which is probably why it takes longer there: on nodes of 2 it sends no byte between "
-            "nodes. On nodes of 1 rank it goes over the NICs; the last all-reduces share them with it, so that a rank "
-            "that waits for hop 1 waits for bytes of hop 2 as well, and the two are told apart by their bytes.",
+            "Every rank has a tenth of a CPU at every size, as a quota of its node, so that what grows is "
+            "communication and not the load of the CPUs. On nodes of 1 rank the last all-reduces share the NICs with "
+            "hop 1: a rank that waits for hop 1 waits for bytes of hop 2 as well.",
             "\n".join(claims.weak_scaling(runs)),
             tables.weak_scaling(runs),
         )

@@ -99,14 +99,14 @@ def _launches_on_clusters(
     """(repeat, cluster that is up, what to launch on it) until all is launched or the time is up."""
 
     # A repeat is a pass over everything; within it, neighbours on the same cluster share it.
-    def cluster_of(item: tuple[int, Configuration]) -> tuple[int, int, float | None]:
+    def cluster_of(item: tuple[int, Configuration]) -> tuple[int, int, float | None, float | None]:
         repeat, c = item
-        return repeat, c.nodes * c.copies, c.rate_mbit
+        return repeat, c.nodes, c.rate_mbit, c.cpus_per_node
 
-    for (repeat, nodes, rate), group in groupby(missing, key=cluster_of):
+    for (repeat, nodes, rate, cpus), group in groupby(missing, key=cluster_of):
         if time.monotonic() > stop_at_s:
             return
-        with VirtualCluster(nodes, rate, name=f"bench{os.getpid()}"[:16]) as cluster:
+        with VirtualCluster(nodes, rate, f"bench{os.getpid()}"[:16], cpus_per_node=cpus) as cluster:
             for batch in _launches([c for _, c in group]):
                 if time.monotonic() > stop_at_s:
                     return

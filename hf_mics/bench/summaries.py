@@ -60,6 +60,17 @@ class Summary:
         return sum(self.waits_s.values())
 
     @property
+    def hop1_s(self) -> float:
+        """Seconds per step that a rank waits in hop 1."""
+        return sum(self.waits_s.get(phase, 0.0) for phase in ("all_gather", "reduce_scatter", "exchange"))
+
+    @property
+    def hop2_on_the_wire_s(self) -> float:
+        """Seconds that hop 2's bytes need at the NIC's rate, whatever else happens; 0 for systems without."""
+        expected, rate_mbit = self.records[0].expected_nic_bytes, self.configuration.rate_mbit
+        return 0.0 if expected is None or rate_mbit is None else expected[HOP2] * 8e-6 / rate_mbit
+
+    @property
     def gradient_bytes(self) -> int | None:
         """Gradients that a rank holds between micro-steps."""
         return self.records[0].gradient_bytes

@@ -135,28 +135,19 @@ def sweep(runs: Sequence[Summary], name: str, of: str) -> str:
 
 
 def weak_scaling(runs: Iterable[Summary]) -> str:
-    """Communication and bytes as nodes grow; hop 2 also without its unavoidable (r-1)/r."""
+    """Communication and bytes as nodes grow, by hop, and what hop 2's bytes cannot take less than."""
     header = (
-        "system", "nodes x ranks", "copies", "s/step", "waiting (s)", "hop 1 (s)", "hop 2 (s)", "hop 2 x r/(r-1) (s)",
+        "system", "nodes x ranks", "s/step", "waiting (s)", "hop 1 (s)", "hop 2 (s)", "hop 2's bytes / rate (s)",
         "sent per NIC (MB)",
     )  # fmt: skip
     rows = []
     for run in runs:
-        c, waits = run.configuration, run.waits_s
-        if c.spec.partitioned:
-            r = c.topology.replication_size
-            hop2 = waits.get("all_reduce", 0.0)
-            hops = (f"{hop1_s(run):.2f}", f"{hop2:.2f}", f"{hop2 * r / (r - 1):.2f}" if r > 1 else "")
-        else:
-            hops = ("", "", "")
-        where, sent = (f"{c.nodes} x {c.node_size}", str(c.copies)), f"{run.sent_bytes / 1e6:.1f}"
-        rows.append((c.label, *where, f"{run.step_s:.2f}", f"{run.communication_s:.2f}", *hops, sent))
+        c = run.configuration
+        hops = (run.hop1_s, run.waits_s.get("all_reduce", 0.0), run.hop2_on_the_wire_s) if c.spec.partitioned else ()
+        cells = [f"{seconds:.2f}" for seconds in hops] or ["", "", ""]
+        where, sent = f"{c.nodes} x {c.node_size}", f"{run.sent_bytes / 1e6:.1f}"
+        rows.append((c.label, where, f"{run.step_s:.2f}", f"{run.communication_s:.2f}", *cells, sent))
     return markdown(header, rows)
-
-
-def hop1_s(run: Summary) -> float:
-    """Seconds that a rank waits in hop 1 per step."""
-    return sum(run.waits_s.get(phase, 0.0) for phase in ("all_gather", "reduce_scatter", "exchange"))
 
 
 def spanning(runs: Sequence[Summary]) -> str:

@@ -3,7 +3,7 @@
 Each node is a network namespace with its own address, plugged into a bridge that has a namespace of its own: nothing is
 created among the machine's own interfaces, addresses or routes, and no packet can leave. Both ends of a node's cable
 are shaped, so it neither sends nor receives faster than its NIC's rate. Ranks of one node reach each other over the
-namespace's loopback, unshaped: the fast link inside a node.
+namespace's loopback, unshaped: the fast link inside a node. A node may also be kept to a share of the CPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Self
 
 import yaml
 
-from hf_mics.bench import cluster_state, namespaces
+from hf_mics.bench import cluster_state, cpu_share, namespaces
 from hf_mics.bench.namespaces import NIC, NicBytes
 from hf_mics.bench.node_processes import NodeProcesses, NodeResult
 from hf_mics.errors import ConfigError
@@ -38,18 +38,27 @@ class VirtualCluster:
     Args:
         nodes: how many hosts.
         rate_mbit: the rate of every NIC in each direction, 10^6 bits per second; None leaves NICs unshaped.
+        cpus_per_node: what all processes of a node together may use, in CPUs of this machine; None: whatever is free.
         name: tells clusters of one machine apart; up to 16 lower-case letters, digits and dashes.
 
     Attributes:
         nodes: how many hosts.
-        rate_mbit: the rate it was asked for.
+        rate_mbit, cpus_per_node: as it was asked for.
         addresses: the IPv4 address of each node.
 
     Raises:
-        ConfigError: no nodes, too many, a rate that is no rate, or a name that cannot be one.
+        ConfigError: no nodes, too many, a rate that is no rate, a share that is none or that the machine cannot give to
+            all nodes, or a name that cannot be one.
     """
 
-    def __init__(self, nodes: int, rate_mbit: float | None = None, name: str = DEFAULT_NAME) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        rate_mbit: float | None = None,
+        name: str = DEFAULT_NAME,
+        *,
+        cpus_per_node: float | None = None,
+    ) -> None:
         if not 1 <= nodes <= MOST_NODES:
             raise ConfigError(f"a virtual cluster has 1 to {MOST_NODES} nodes, got {nodes}.")
         if not re.fullmatch(r"[a-z][a-z0-9-]{0,15}", name):
@@ -58,8 +67,10 @@ class VirtualCluster:
                 f"{name!r}."
             )
         namespaces.check_rate(rate_mbit)
+        cpu_share.check(cpus_per_node, nodes)
         self.nodes = nodes
         self.rate_mbit = rate_mbit
+        self.cpus_per_node = cpus_per_node
         self.name = name
         self.addresses = [f"10.77.0.{node + 1}" for node in range(nodes)]
         self._switch = f"{name}-switch"
@@ -82,7 +93,7 @@ class VirtualCluster:
                 f"virtual cluster {name!r} is left over from process {record.owner_pid}, which ended without taking it "
                 f"down. Remove it with `scripts/cluster down --name {name}`."
             )
-        return cls(record.nodes, record.rate_mbit, name)
+        return cls(record.nodes, record.rate_mbit, name, cpus_per_node=record.cpus_per_node)
 
     def __enter__(self) -> Self:
         self.up()
@@ -104,6 +115,7 @@ class VirtualCluster:
             self.name,
             nodes=self.nodes,
             rate_mbit=self.rate_mbit,
+            cpus_per_node=self.cpus_per_node,
             names=[self._switch, *self._names],
             owner_pid=None if keep else os.getpid(),
         )
@@ -117,6 +129,8 @@ class VirtualCluster:
                 address = f"{self.addresses[node]}/24"
                 namespaces.plug_in(name, address, switch=self._switch, bridge=_BRIDGE, port=_port(node))
                 self.set_rate(node, self.rate_mbit)
+                if self.cpus_per_node is not None:
+                    cpu_share.create(name, self.cpus_per_node)
         except BaseException:
             self.down()
             raise
@@ -183,7 +197,10 @@ class VirtualCluster:
                     f"GLOO_SOCKET_IFNAME must be an interface of the node, one of {found}; got "
                     f"{environment['GLOO_SOCKET_IFNAME']!r}."
                 )
-        return NodeProcesses({node: command_for_node(node) for node in names}, names, environment)
+        commands = {node: namespaces.inside(name, command_for_node(node)) for node, name in names.items()}
+        if self.cpus_per_node is not None:
+            commands = {node: cpu_share.inside(names[node], command) for node, command in commands.items()}
+        return NodeProcesses(commands, names, environment)
 
     def launch(
         self,

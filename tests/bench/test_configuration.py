@@ -30,7 +30,7 @@ def test_runs_that_differ_in_what_is_measured_have_names_of_their_own():
         for change in (
             {}, {"partition_size": 4}, {"hierarchical": False}, {"two_hop": False}, {"wire": "bfloat16"}, {"nodes": 2},
             {"rate_mbit": None}, {"micro_steps": 2}, {"model": "bert"}, {"tokens": 16}, {"rows": 2}, {"node_size": 4},
-            {"copies": 2},
+            {"cpus_per_node": 0.2},
         )
     ]  # fmt: skip
     assert len({run.identity for run in changed}) == len(changed)
@@ -72,9 +72,10 @@ def test_shared_runs_are_run_once_and_with_the_most_steps():
     assert ours.steps == 4, "the accumulation sweep alone would take 2"
 
 
-def test_weak_scaling_loads_the_cpus_alike_at_every_size():
+def test_weak_scaling_gives_every_rank_the_same_share_of_the_cpus_at_every_size():
     runs = EXPERIMENTS["weak-scaling"].runs()
-    assert {run.world_size * run.copies for run in runs} == {16}
+    assert {run.cpus_per_node / run.node_size for run in runs if run.cpus_per_node} == {0.1}
+    assert all(run.cpus_per_node for run in runs)
     assert {run.nodes for run in runs} == {1, 2, 4, 8, 16}
 
 

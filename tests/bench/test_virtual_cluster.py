@@ -15,9 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hf_mics.bench import cluster_state, namespaces
-from hf_mics.bench.configuration import Configuration
-from hf_mics.bench.launching import launch
+from hf_mics.bench import cluster_state, cpu_share, namespaces
 from hf_mics.bench.node_processes import NodeResult, require_success
 from hf_mics.bench.virtual_cluster import VirtualCluster
 from hf_mics.errors import ConfigError, MiCSError
@@ -42,6 +40,18 @@ def refusal() -> str:
 REFUSAL = refusal()
 needs_root = pytest.mark.skipif(bool(REFUSAL), reason=f"no virtual cluster here: {REFUSAL}")
 
+
+def share() -> float | None:
+    """A share of the CPUs for a node, None where nodes cannot have one."""
+    try:
+        cpu_share.check(0.2, 2)
+    except ConfigError:
+        return None
+    return 0.2
+
+
+needs_shares = pytest.mark.skipif(share() is None, reason="no control groups with a cpu controller here")
+
 # Node 0 sends argv[2] bytes to node 1 at argv[1]; node 1 prints how many seconds passed from first to last byte.
 SEND = """
 import socket, sys, time
@@ -62,10 +72,11 @@ print(total, time.monotonic() - begin, flush=True)
 
 
 def machine(name: str) -> tuple[str, str, str, set[str]]:
-    """Everything that the cluster `name` might touch: interfaces, addresses, routes, namespaces of its name."""
+    """What the cluster `name` might touch: interfaces, addresses, routes; namespaces and control groups of its name."""
     shown = [subprocess.check_output(["ip", *words], text=True) for words in (["link"], ["address"], ["route"])]
     # Not all namespaces: somebody may have a cluster of their own coming up or going down beside the tests.
-    return *shown, {namespace for namespace in namespaces.existing() if namespace.startswith(name)}
+    groups = set() if share() is None else {f"group {found}" for found in cpu_share.existing(f"{name}*")}
+    return *shown, {namespace for namespace in namespaces.existing() if namespace.startswith(name)} | groups
 
 
 @pytest.fixture(scope="module")
@@ -161,24 +172,33 @@ def test_launch_runs_one_process_per_node_and_captures_what_it_says(cluster: Vir
         require_success(results)
     # What a rank reads of its own node's NIC is what the cluster reads from outside.
     read = "print(open('/sys/class/net/eth0/statistics/tx_bytes').read())"
-    inside = cluster.launch(lambda node: [sys.executable, "-c", read], timeout_s=20)
-    assert [int(r.stdout) for r in inside] == [nic.sent_bytes for nic in cluster.nic_bytes()]
+    before = cluster.nic_bytes()
+    inside = [int(r.stdout) for r in cluster.launch(lambda node: [sys.executable, "-c", read], timeout_s=20)]
+    # Not equal to either: a node may look up its neighbour's address (ARP) at any moment.
+    after = cluster.nic_bytes()
+    assert all(a.sent_bytes <= seen <= b.sent_bytes for a, seen, b in zip(before, inside, after, strict=True))
+    assert min(inside) > 0
+
+
+# Turns for argv[1] seconds, then prints the seconds of CPU that it got.
+TURN = """
+import sys, time
+begin = time.monotonic()
+while time.monotonic() < begin + float(sys.argv[1]): pass
+print(time.process_time())
+"""
 
 
 @needs_root
-def test_copies_train_side_by_side_each_on_nodes_of_its_own(cluster: VirtualCluster, tmp_path: Path):
-    alone = Configuration(
-        system="ddp", nodes=1, node_size=1, copies=2, model="gpt2-short", micro_steps=1, steps=1, tokens=8,
-        rate_mbit=None,
-    )  # fmt: skip
-    (outcome,) = launch(cluster, [alone], tmp_path, timeout_s=60)
-    assert outcome.failure is None
-    (first,), second = outcome.parts, json.loads((tmp_path / "copy1" / "job0-rank0.json").read_text())
-    # Each is the whole of its own job: a job of both would average two ranks' different batches.
-    assert (first.rank, second["rank"]) == (0, 0)
-    assert first.losses == second["losses"]
-    hosts = [(tmp_path / f"copy{copy}" / f"node{copy}.log").exists() for copy in (0, 1)]
-    assert hosts == [True, True]
+@needs_shares
+def test_a_node_with_a_share_of_the_cpus_gets_no_more():
+    name = f"share{os.getpid()}"
+    before = machine(name)
+    with VirtualCluster(2, name=name, cpus_per_node=0.2) as cluster:
+        results = require_success(cluster.launch(lambda node: [sys.executable, "-c", TURN, "0.6"], timeout_s=60))
+        # A process with a CPU to itself gets 0.6 s. The kernel hands out slices of 5 ms before it looks at the quota.
+        assert all(float(result.stdout) <= 0.2 * result.wall_s + 0.05 for result in results)
+    assert machine(name) == before
 
 
 # A launcher whose worker has a session of its own, out of reach of its process group.
@@ -226,7 +246,7 @@ OWNER = """
 import os, signal, sys, time
 from hf_mics.bench.virtual_cluster import VirtualCluster
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
-with VirtualCluster(2, 40, name=sys.argv[1]) as cluster:
+with VirtualCluster(2, 40, name=sys.argv[1], cpus_per_node=float(sys.argv[2]) or None) as cluster:
     with cluster.start(lambda node: [sys.executable, "-c", "import time; time.sleep(600)"]):
         print(cluster._guard.pid, flush=True)
         time.sleep(600)
@@ -236,7 +256,7 @@ with VirtualCluster(2, 40, name=sys.argv[1]) as cluster:
 def owner(name: str) -> tuple[subprocess.Popen[str], int]:
     """Another process that owns a cluster `name` with something running on it, and the id of its guard."""
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, name],
+        [sys.executable, "-c", OWNER, name, str(share() or 0)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -340,10 +360,11 @@ def test_the_script_hands_on_a_module_or_a_script_with_all_its_arguments(
 def test_the_script_brings_up_runs_and_takes_down(tmp_path: Path):
     name = f"cli{os.getpid()}"
     before = machine(name)
-    assert script("up", "--nodes", "2", "--rate-mbit", "50", "--name", name).returncode == 0
+    cpus = [] if share() is None else ["--cpus-per-node", "0.2"]
+    assert script("up", "--nodes", "2", "--rate-mbit", "50", *cpus, "--name", name).returncode == 0
     try:
         shown = script("status").stdout
-        assert f"{name}: 2 nodes, 50 Mbit/s, kept" in shown
+        assert f"{name}: 2 nodes, 50 Mbit/s{', 0.2 CPUs each' if cpus else ''}, kept" in shown
         assert "node 1 10.77.0.2: NIC sent" in shown
         again = script("up", "--nodes", "2", "--name", name)
         assert again.returncode == 2
@@ -370,6 +391,20 @@ def test_a_namespace_of_somebody_else_is_left_alone():
 
 
 @needs_root
+@needs_shares
+def test_a_control_group_of_somebody_else_is_left_alone():
+    name = f"group{os.getpid()}"
+    cpu_share.create(f"{name}-node1", 0.2)
+    try:
+        with pytest.raises(ConfigError, match=rf"control groups \['{name}-node1'\] exist already"):
+            VirtualCluster(2, name=name, cpus_per_node=0.2).up()
+        assert cpu_share.existing(f"{name}*") == [f"{name}-node1"]
+        assert cluster_state.read(name) is None
+    finally:
+        cpu_share.delete(f"{name}-node1")
+
+
+@needs_root
 @pytest.mark.parametrize("rate_mbit", [1e12, 2e9])
 def test_a_rate_that_tc_does_not_take_is_refused_and_nothing_is_left(rate_mbit: float):
     name = f"rate{os.getpid()}"
@@ -387,6 +422,29 @@ def test_nodes_and_interfaces_that_are_not_there_are_named(cluster: VirtualClust
         cluster.launch(lambda node: ["true"], env={"GLOO_SOCKET_IFNAME": "ens5"}, timeout_s=5)
     with pytest.raises(ConfigError, match="no interface 'ens5'"):
         namespaces.shape(cluster._names[0], "ens5", 10)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "message"),
+    [
+        (0, "at least 0.1 CPUs.*got 0"),
+        (-1, "at least 0.1 CPUs.*got -1"),
+        (float("nan"), "at least 0.1 CPUs.*got nan"),
+        (1, "4 nodes of 1 CPUs need 4, but this machine has 2: give a node at most 0.5"),
+    ],
+)
+def test_impossible_shares_are_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, message: str
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        VirtualCluster(4, cpus_per_node=cpus)
+
+
+def test_a_machine_without_control_groups_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [])
+    with pytest.raises(ConfigError, match="no control groups with a cpu controller are mounted. Mount them"):
+        VirtualCluster(1, cpus_per_node=0.2)
 
 
 @pytest.mark.parametrize(
