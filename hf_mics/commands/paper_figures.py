@@ -44,7 +44,7 @@ def paper_report() -> ScalingReport:
                 "system": p.system,
                 "world_size": p.world_size,
                 "published_tflops_per_gpu": p.tflops_per_gpu,
-                "predicted_tflops_per_gpu": _ends(predicted(points[p.setting], p.system, p.world_size)),
+                "predicted_tflops_per_gpu": predicted(points[p.setting], p.system, p.world_size).ends,
             }
             for p in POINTS
         ],
@@ -86,7 +86,7 @@ def predicted(points: list[ScalePoint], system: str, world_size: int) -> Range:
 def _hull(a: ScalePoint, b: ScalePoint) -> ScalePoint:
     """One point whose ranges hold those of both."""
     ranges: dict[str, Any] = {
-        name: Range(min(x.low, y.low), max(x.high, y.high))
+        name: Range.over(*x.ends, *y.ends)
         for name in StepTime.__dataclass_fields__
         if isinstance(x := getattr(a.step, name), Range) and isinstance(y := getattr(b.step, name), Range)
     }
@@ -101,7 +101,3 @@ def _published_table(points: dict[str, list[ScalePoint]]) -> Table:
         table.add_row(p.setting, NAMES[p.system], str(p.world_size), found, f"{p.tflops_per_gpu:.0f}")
     table.caption = f"BERT on p3dn: published up to {BERT_SPEEDUP_UP_TO} x ZeRO-2/3"
     return table
-
-
-def _ends(found: Range) -> list[float]:
-    return [found.low, found.high]

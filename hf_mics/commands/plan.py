@@ -20,7 +20,6 @@ from hf_mics.planning.plan import (
     MeasureMemory,
     Plan,
     Request,
-    groups_of,
     make_plan,
     partition_sizes,
     state_fits,
@@ -108,7 +107,7 @@ def _probing(request: Request) -> MeasureMemory:
     from hf_mics.memory_probe import probe_partition_sizes
 
     sizes = partition_sizes(request.system, request.cluster)
-    topologies = [topology for p in sizes if state_fits(request, topology := groups_of(request.cluster, p))]
+    topologies = [topology for p in sizes if state_fits(request, topology := request.cluster.topology(p))]
     probes = probe_partition_sizes(request.workload, topologies, hierarchical=request.hierarchical)
 
     def memory(workload: Workload, topology: Topology) -> Memory:

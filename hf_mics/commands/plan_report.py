@@ -16,9 +16,9 @@ _MIN_WIDTH = 110
 _COLOURS = dict(zip(MEMORY_KINDS, ("blue", "cyan", "magenta", "green", "yellow"), strict=True))
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan) -> None:
     """Prints the table of partition sizes, the choice and what it rests on."""
-    console = console or Console()
+    console = Console()
     console.width = max(console.width, _MIN_WIDTH)
     request, choice = plan.request, plan.choice
     model, cluster, workload = request.workload.model, request.cluster, request.workload
@@ -75,7 +75,7 @@ def _row(plan: Plan, candidate: Candidate, available: float) -> list[str | Text]
     ]
     cost = candidate.cost_per_billion_tokens(plan.request.cluster.nodes)
     if cost is not None:
-        row.append(_span(Range(*cost)))
+        row.append(_span(cost))
     mark = "<- choice" if candidate is plan.choice else "yes" if candidate.fits else _shortfall(candidate, available)
     return [*row, mark]
 
@@ -87,7 +87,7 @@ def _shortfall(candidate: Candidate, available: float) -> str:
 def _bar(candidate: Candidate, available: float) -> Text:
     """Each kind's part of the GPU's memory; what does not fit is cut off with an arrow."""
     bar, drawn, so_far = Text(), 0, 0.0
-    parts = [*((candidate.memory.memory_bytes[kind], "█", _COLOURS[kind]) for kind in MEMORY_KINDS)]
+    parts = [(candidate.memory.memory_bytes[kind], "█", _COLOURS[kind]) for kind in MEMORY_KINDS]
     for size, mark, colour in [*parts, (candidate.reserve_bytes, "▒", "")]:
         so_far += size
         end = min(_BAR_WIDTH, round(so_far / available * _BAR_WIDTH))

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.meter import Phase
-from hf_mics.topology import require_world_size
+from hf_mics.topology import Topology, require_world_size
 from hf_mics.traffic import Backend
 
 Lane = Literal["intra_node", "inter_node"]
@@ -44,6 +44,16 @@ class Range:
     def exactly(cls, value: float) -> Range:
         """The range of a known value."""
         return cls(value, value)
+
+    @classmethod
+    def over(cls, *values: float) -> Range:
+        """The range from the least to the greatest of `values`."""
+        return cls(min(values), max(values))
+
+    @property
+    def ends(self) -> list[float]:
+        """[low, high], as JSON has it."""
+        return [self.low, self.high]
 
     def scaled(self, factor: float) -> Range:
         """Both ends times `factor`."""
@@ -189,10 +199,13 @@ class Cluster:
         """GPUs in all."""
         return self.nodes * self.gpus_per_node
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether the links were measured rather than taken from a data sheet."""
-        return self.sources.get("intra_node", "").startswith("measured")
+    def topology(self, partition_size: int) -> Topology:
+        """The groups of a partition size.
+
+        Raises:
+            TopologyError: it forms none.
+        """
+        return Topology(world_size=self.world_size, node_size=self.gpus_per_node, partition_size=partition_size)
 
     def with_nodes(self, nodes: int) -> Cluster:
         """The same nodes, `nodes` of them."""

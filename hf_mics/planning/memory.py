@@ -18,12 +18,12 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from hf_mics.errors import ConfigError
+from hf_mics.planning.timing import System
 from hf_mics.planning.workload import ModelShape, Unit, Workload
 from hf_mics.topology import Topology
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations", "communication"]
 MEMORY_KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations", "communication")
-System = Literal["mics", "zero3", "zero2", "hsdp", "ddp"]
 
 # fp32 values that the optimizer keeps for each parameter.
 _STATES = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}

@@ -7,11 +7,11 @@ fits, and of sizes whose predicted times differ by less than 1 % the smallest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_mics.errors import ConfigError
-from hf_mics.planning.cluster import Cluster
+from hf_mics.planning.cluster import Cluster, Range
 from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
 from hf_mics.planning.step_traffic import PhaseTraffic, phase_traffic
 from hf_mics.planning.timing import StepTime, System, predict, predict_at, time_notes
@@ -86,13 +86,13 @@ class Candidate:
         """A step time to order by: the geometric mean of the range's ends."""
         return (self.time.step_s.low * self.time.step_s.high) ** 0.5
 
-    def cost_per_billion_tokens(self, nodes: int) -> tuple[float, float] | None:
-        """[low, high] in the currency of the price."""
+    def cost_per_billion_tokens(self, nodes: int) -> Range | None:
+        """In the currency of the price; None without one."""
         if self.price_per_hour is None:
             return None
         per_token = self.price_per_hour * nodes / 3600
         tokens = self.time.tokens_per_s
-        return per_token / tokens.high * 1e9, per_token / tokens.low * 1e9
+        return Range(per_token / tokens.high * 1e9, per_token / tokens.low * 1e9)
 
     def record(self, nodes: int) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -110,13 +110,13 @@ class Candidate:
                 phase: {link: round(size) for link, size in traffic._asdict().items()}
                 for phase, traffic in self.traffic.items()
             },
-            "step_time_s": [time.step_s.low, time.step_s.high],
-            "tflops_per_gpu": [time.tflops_per_gpu.low, time.tflops_per_gpu.high],
-            "tokens_per_s": [time.tokens_per_s.low, time.tokens_per_s.high],
-            "utilization": [time.utilization.low, time.utilization.high],
+            "step_time_s": time.step_s.ends,
+            "tflops_per_gpu": time.tflops_per_gpu.ends,
+            "tokens_per_s": time.tokens_per_s.ends,
+            "utilization": time.utilization.ends,
         }
         cost = self.cost_per_billion_tokens(nodes)
-        return record if cost is None else {**record, "cost_per_billion_tokens": list(cost)}
+        return record if cost is None else {**record, "cost_per_billion_tokens": cost.ends}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,8 @@ class Plan:
     choice: Candidate
     reason: str
     runner_up: Candidate | None
-    would_change: list[str] = field(default_factory=list)
-    network: str = ""
+    would_change: list[str]
+    network: str
 
     def record(self) -> dict[str, Any]:
         """The JSON object that `hf-mics plan --json` prints."""
@@ -207,11 +207,6 @@ def assumptions(request: Request) -> list[str]:
     ]
 
 
-def groups_of(cluster: Cluster, partition_size: int) -> Topology:
-    """The groups of a partition size on a cluster."""
-    return Topology(world_size=cluster.world_size, node_size=cluster.gpus_per_node, partition_size=partition_size)
-
-
 def state_fits(request: Request, topology: Topology) -> bool:
     """Whether parameters and optimizer state alone, of which there is no doubt, leave anything for the rest."""
     held = peak_memory(request.workload, topology, system=request.system).memory_bytes
@@ -220,7 +215,7 @@ def state_fits(request: Request, topology: Topology) -> bool:
 
 
 def _candidate(request: Request, partition_size: int) -> Candidate:
-    topology = groups_of(request.cluster, partition_size)
+    topology = request.cluster.topology(partition_size)
     memory = request.measure(topology)
     available = request.cluster.accelerator.memory_bytes
     missing = memory.total_bytes + request.reserve_bytes - available
@@ -270,10 +265,10 @@ def _would_change(request: Request, candidates: list[Candidate], choice: Candida
         missing = next_smaller.total_bytes - available
         yield f"{missing / GB:.1f} GB more on every GPU: {next_smaller.partition_size} would fit"
         for what, workload in _lighter(request):
-            if _fitting_size(replace(request, workload=workload), next_smaller.partition_size):
+            if _fits(replace(request, workload=workload), next_smaller.partition_size):
                 yield f"{what}: {next_smaller.partition_size} would fit"
     heavier = replace(request.workload, micro_batch=2 * request.workload.micro_batch)
-    if not _fitting_size(replace(request, workload=heavier), choice.partition_size):
+    if not _fits(replace(request, workload=heavier), choice.partition_size):
         yield f"micro-batch {heavier.micro_batch}: {choice.partition_size} would no longer fit"
 
 
@@ -288,13 +283,12 @@ def _lighter(request: Request) -> Iterator[tuple[str, Workload]]:
             both = replace(workload, micro_batch=1, activation_checkpointing=True)
             yield "micro-batch 1 with activation checkpointing", both
     if not workload.cpu_offload and request.system != "ddp":
-        lightest = replace(workload, cpu_offload=True)
-        yield "CPU offload of parameters and optimizer state", lightest
+        yield "CPU offload of parameters and optimizer state", replace(workload, cpu_offload=True)
 
 
-def _fitting_size(request: Request, partition_size: int) -> bool:
+def _fits(request: Request, partition_size: int) -> bool:
     """Whether it fits by the closed form, which is what changes are estimated with."""
-    topology = groups_of(request.cluster, partition_size)
+    topology = request.cluster.topology(partition_size)
     memory = peak_memory(request.workload, topology, system=request.system, hierarchical=request.hierarchical)
     return memory.total_bytes + request.reserve_bytes <= request.cluster.accelerator.memory_bytes
 
@@ -305,7 +299,7 @@ def _fits_nowhere(request: Request, candidates: list[Candidate]) -> str:
     ways = [
         what
         for what, workload in _lighter(request)
-        if any(_fitting_size(replace(request, workload=workload), c.partition_size) for c in candidates)
+        if any(_fits(replace(request, workload=workload), c.partition_size) for c in candidates)
     ]
     nodes = _enough_nodes(request)
     ways += [f"{nodes} nodes"] if nodes else []
@@ -325,7 +319,7 @@ def _enough_nodes(request: Request) -> int | None:
     most = min(_MOST_NODES, MOST_RANKS // request.cluster.gpus_per_node)
     while nodes <= most and request.cluster.inter_node is not None:
         larger = replace(request, cluster=request.cluster.with_nodes(nodes))
-        if any(_fitting_size(larger, p) for p in partition_sizes(request.system, larger.cluster)):
+        if any(_fits(larger, p) for p in partition_sizes(request.system, larger.cluster)):
             return nodes
         nodes *= 2
     return None
@@ -347,7 +341,7 @@ def _network(request: Request, choice: Candidate) -> str:
         gains.append(peer.step_s / mine.step_s)
     low, high = min(gains), max(gains)
     full = f"sharding over all {cluster.world_size} GPUs (ZeRO-3)"
-    if high >= 1 + _WORTH_IT and low >= 1 + _WORTH_IT:
+    if low >= 1 + _WORTH_IT:
         return f"MiCS is predicted to be {low:.2f}x to {high:.2f}x as fast as {full}."
     if high >= 1 + _WORTH_IT:
         return (

@@ -15,7 +15,7 @@ from hf_mics.planning.memory import peak_memory
 from hf_mics.planning.plan import DEFAULT_RESERVE_BYTES
 from hf_mics.planning.timing import FSDP2, Implementation, StepTime, System, predict
 from hf_mics.planning.workload import Workload
-from hf_mics.topology import Topology, require_world_size, valid_partition_sizes
+from hf_mics.topology import require_world_size, valid_partition_sizes
 
 Scaling = Literal["weak", "strong"]
 
@@ -47,12 +47,12 @@ class ScalePoint:
             "world_size": self.world_size,
             "partition_size": self.partition_size,
             "accumulation": self.accumulation,
-            "step_time_s": _ends(self.step.step_s),
-            "exposed_communication_s": _ends(self.step.exposed_s),
-            "tokens_per_s": _ends(self.step.tokens_per_s),
-            "tokens_per_s_per_gpu": _ends(self.tokens_per_s_per_gpu),
-            "tflops_per_gpu": _ends(self.step.tflops_per_gpu),
-            "model_flops_utilization": _ends(self.step.utilization),
+            "step_time_s": self.step.step_s.ends,
+            "exposed_communication_s": self.step.exposed_s.ends,
+            "tokens_per_s": self.step.tokens_per_s.ends,
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu.ends,
+            "tflops_per_gpu": self.step.tflops_per_gpu.ends,
+            "model_flops_utilization": self.step.utilization.ends,
         }
 
 
@@ -169,11 +169,10 @@ def smallest_partition(workload: Workload, cluster: Cluster) -> int:
 
 def efficiency(points: Sequence[ScalePoint], point: ScalePoint) -> Range:
     """Tokens per second and GPU relative to the system's smallest size, both at one end of the ranges."""
-    first = min((p for p in points if (p.system, p.scaling) == (point.system, point.scaling)), key=_size)
-    at_ends = [
-        getattr(point.tokens_per_s_per_gpu, end) / getattr(first.tokens_per_s_per_gpu, end) for end in ("low", "high")
-    ]
-    return Range(min(at_ends), max(at_ends))
+    same = (p for p in points if (p.system, p.scaling) == (point.system, point.scaling))
+    first = min(same, key=lambda p: p.world_size)
+    ends = zip(point.tokens_per_s_per_gpu.ends, first.tokens_per_s_per_gpu.ends, strict=True)
+    return Range.over(*(mine / smallest for mine, smallest in ends))
 
 
 def _accumulation(workload: Workload, scaling: Scaling, smallest: int, world_size: int) -> int:
@@ -182,14 +181,6 @@ def _accumulation(workload: Workload, scaling: Scaling, smallest: int, world_siz
         return workload.accumulation
     micro_steps, rest = divmod(workload.accumulation * smallest, world_size)
     return 0 if rest else micro_steps
-
-
-def _size(point: ScalePoint) -> int:
-    return point.world_size
-
-
-def _ends(found: Range) -> list[float]:
-    return [found.low, found.high]
 
 
 def _require_memory(workload: Workload, cluster: Cluster, system: System, partition_size: int) -> None:
@@ -204,6 +195,5 @@ def _require_memory(workload: Workload, cluster: Cluster, system: System, partit
 
 
 def _missing_bytes(workload: Workload, cluster: Cluster, system: System, partition_size: int) -> float:
-    topology = Topology(world_size=cluster.world_size, node_size=cluster.gpus_per_node, partition_size=partition_size)
-    needed = peak_memory(workload, topology, system=system).total_bytes + DEFAULT_RESERVE_BYTES
+    needed = peak_memory(workload, cluster.topology(partition_size), system=system).total_bytes + DEFAULT_RESERVE_BYTES
     return needed - cluster.accelerator.memory_bytes

@@ -20,7 +20,6 @@ from hf_mics.planning.cluster import Cluster, Lane, Range, Rates
 from hf_mics.planning.collective_times import UnitLoads, timed, unit_loads
 from hf_mics.planning.schedule import Segment, lane_seconds, micro_step_s
 from hf_mics.planning.workload import Unit, Workload
-from hf_mics.topology import Topology
 
 System = Literal["mics", "zero3", "zero2", "hsdp", "ddp"]
 
@@ -69,7 +68,6 @@ class StepTime:
             `Step`.
         tokens_per_s: of the whole cluster.
         tflops_per_gpu: TFLOP/s of one GPU, recomputed activations counted, as published MiCS figures do.
-        model_tflops_per_gpu: the same without recomputation: what the mathematics needs.
         utilization: model FLOPS over the peak, from 0 to 1.
     """
 
@@ -81,7 +79,6 @@ class StepTime:
     exposed_s: Range
     tokens_per_s: Range
     tflops_per_gpu: Range
-    model_tflops_per_gpu: Range
     utilization: Range
 
 
@@ -120,10 +117,9 @@ def predict(
         return Range(amount / slow.step_s, amount / fast.step_s)
 
     return StepTime(
-        **{name: _between(getattr(fast, name), getattr(slow, name)) for name in Step._fields},
+        **{name: Range.over(getattr(fast, name), getattr(slow, name)) for name in Step._fields},
         tokens_per_s=per_second(tokens),
         tflops_per_gpu=per_second((model_flops + recomputed) / 1e12),
-        model_tflops_per_gpu=per_second(model_flops / 1e12),
         utilization=per_second(model_flops / peak),
     )
 
@@ -190,11 +186,8 @@ def _layout(
     if system not in get_args(System):
         raise ConfigError(f"system must be one of {', '.join(get_args(System))}, got {system!r}.")
     world = cluster.world_size
-    sizes = {"zero3": world, "zero2": world, "ddp": 1}
-    topology = Topology(
-        world_size=world, node_size=cluster.gpus_per_node, partition_size=sizes.get(system, partition_size)
-    )
-    p = topology.partition_size
+    p = {"zero3": world, "zero2": world, "ddp": 1}.get(system, partition_size)
+    topology = cluster.topology(p)
     # DDP under autocast keeps fp32 parameters, whose gradients are what travels.
     reduce_width = 4 if system == "ddp" else workload.compute_bytes
     works = _works(workload)
@@ -316,7 +309,3 @@ def time_notes(workload: Workload, cluster: Cluster) -> Iterator[str]:
             yield "fp32: GPUs were measured in bf16, so computing takes several times longer than predicted"
         else:
             yield "fp32: the part of the peak that is reached is the one of 16-bit matrix products; no TF32"
-
-
-def _between(a: float, b: float) -> Range:
-    return Range(min(a, b), max(a, b))

@@ -55,7 +55,6 @@ def test_two_nodes_are_measured_once_and_their_file_is_kept(tmp_path: Path):
     assert codes == [[0, 2]] * 4
     cluster = load_cluster(path)
     assert (cluster.nodes, cluster.gpus_per_node, cluster.backend) == (2, 2, "gloo")
-    assert cluster.is_measured
     assert set(cluster.collectives) == {
         ("all_gather", "intra_node"),
         ("reduce_scatter", "intra_node"),

@@ -132,7 +132,7 @@ def test_a_measured_memory_takes_the_place_of_the_closed_form():
 
 def test_costs_follow_from_the_price_and_the_speed():
     plan = make_plan(replace(plan_of().request, price_per_hour=36.0))
-    low, high = plan.choice.cost_per_billion_tokens(16) or (0, 0)
+    low, high = plan.choice.cost_per_billion_tokens(16).ends
     # 16 nodes at 36 an hour are 0.16 a second.
     assert low == pytest.approx(0.16 * 1e9 / plan.choice.time.tokens_per_s.high)
     assert high == pytest.approx(0.16 * 1e9 / plan.choice.time.tokens_per_s.low)
