@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -36,7 +35,7 @@ from hf_mics._torch_compat import (
     without_wrappers,
 )
 from hf_mics.errors import ConfigError
-from hf_mics.planning.memory import MEMORY_KINDS, Kind
+from hf_mics.planning.memory import MEMORY_KINDS, Kind, Memory
 from hf_mics.planning.workload import Workload
 from hf_mics.probe_models import build_model
 from hf_mics.topology import Topology
@@ -66,24 +65,10 @@ Phases = dict[str, Bytes]
 """The peak of each phase of the last optimizer step, by kind."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Peak memory of one GPU: `memory_bytes` by kind, and the `phase` in which it is reached.
+def probe_memory(workload: Workload, topology: Topology, *, hierarchical: bool = True) -> Memory:
+    """The peak of `workload` on one GPU, from two or three shallow runs (or one, if the model is shallow).
 
     FSDPMemTracker counts some gradients of parameters among activations, while they wait to be reduced.
-    """
-
-    memory_bytes: Bytes
-    phase: str
-
-    @property
-    def total_bytes(self) -> float:
-        """All kinds together."""
-        return sum(self.memory_bytes.values())
-
-
-def probe_memory(workload: Workload, topology: Topology, *, hierarchical: bool = True) -> Probe:
-    """The peak of `workload` on one GPU, from two or three shallow runs (or one, if the model is shallow).
 
     Raises:
         ConfigError: CPU offload, which the tracker cannot tell from the GPU; or inside a distributed job.
@@ -93,7 +78,7 @@ def probe_memory(workload: Workload, topology: Topology, *, hierarchical: bool =
 
 def probe_partition_sizes(
     workload: Workload, topologies: Sequence[Topology], *, hierarchical: bool = True
-) -> dict[int, Probe]:
+) -> dict[int, Memory]:
     """`probe_memory` for several partition sizes.
 
     What a GPU holds is a constant and a part that is 1 / partition size, but for padding, so sizes between the smallest
@@ -103,7 +88,7 @@ def probe_partition_sizes(
     Raises:
         ConfigError: as `probe_memory`.
     """
-    found: dict[int, Probe] = {}
+    found: dict[int, Memory] = {}
     for spanning in (False, True):
         sizes = {t.partition_size: t for t in topologies if t.is_hierarchical == spanning}
         ends = {
@@ -163,19 +148,16 @@ def track_phases(
         return _run_steps(model, workload)
 
 
-def _highest(phases: Phases) -> Probe:
+def _highest(phases: Phases) -> Memory:
     phase = max(phases, key=lambda name: sum(phases[name].values()))
-    return Probe(phases[phase], phase)
+    return Memory(phases[phase], phase)
 
 
 def _add_layers(phases: Phases, start: Phases, step: Phases, *, layers: int) -> Phases:
     """`phases`, deepened by `layers` more layers of the stack in which `step` is deeper than `start`."""
     per_layer = layers / (DEEPER - SHALLOW)
     return {
-        name: {
-            kind: size + per_layer * (step[name].get(kind, 0.0) - start[name].get(kind, 0.0))
-            for kind, size in kinds.items()
-        }
+        name: {kind: size + per_layer * (step[name][kind] - start[name][kind]) for kind, size in kinds.items()}
         for name, kinds in phases.items()
     }
 

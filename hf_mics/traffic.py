@@ -83,16 +83,17 @@ def predict(
     for unit in units:
         gathers = unit.gathers_per_micro_step * micro_steps if p > 1 else 0
         scatters = micro_steps if p > 1 and unit.reduce_bytes else 0
-        for phase, calls, size in (
+        hop1: tuple[tuple[Phase, int, int], ...] = (
             ("all_gather", gathers, unit.gather_bytes),
             ("reduce_scatter", scatters, unit.reduce_bytes),
-        ):
+        )
+        for phase, calls, size in hop1:
             if staged:
                 inter, intra = _staged_bytes(size, p, m)
-                add((phase, "inter_node"), calls, calls * inter)  # type: ignore[arg-type]
-                add((phase, "intra_node"), calls * m, calls * intra)  # type: ignore[arg-type]
+                add((phase, "inter_node"), calls, calls * inter)
+                add((phase, "intra_node"), calls * m, calls * intra)
             else:
-                add((phase, "partition"), calls, calls * (size - size // p))  # type: ignore[arg-type]
+                add((phase, "partition"), calls, calls * (size - size // p))
         if r > 1 and unit.reduce_bytes:
             add(("all_reduce", "replication"), 1, all_reduce_bytes(unit.reduce_bytes // p, r))
     nic_bytes = {

@@ -13,7 +13,7 @@ from hf_mics.commands.workload_options import add_workload_arguments, workload_f
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster, require_positive
 from hf_mics.planning.launch_config import LaunchConfig
-from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
+from hf_mics.planning.memory import Memory, peak_memory
 from hf_mics.planning.plan import (
     DEFAULT_RESERVE_BYTES,
     GB,
@@ -111,10 +111,8 @@ def _probing(request: Request) -> MeasureMemory:
     probes = probe_partition_sizes(request.workload, topologies, hierarchical=request.hierarchical)
 
     def memory(workload: Workload, topology: Topology) -> Memory:
-        probe = probes.get(topology.partition_size)
-        if probe is None:
-            return peak_memory(workload, topology, hierarchical=request.hierarchical)
-        return Memory({kind: probe.memory_bytes.get(kind, 0.0) for kind in MEMORY_KINDS}, probe.phase)
+        probed = probes.get(topology.partition_size)
+        return probed or peak_memory(workload, topology, hierarchical=request.hierarchical)
 
     return memory
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from hf_mics.meter import Tally
 from hf_mics.planning.timing import System
 from hf_mics.planning.workload import Workload
 from hf_mics.topology import Topology
 from hf_mics.traffic import Backend, StepTraffic, UnitShape, predict
-
-PHASES = ("hop1_all_gather_forward", "hop1_all_gather_backward", "hop1_reduce_scatter", "hop2_all_reduce")
 
 
 class PhaseTraffic(NamedTuple):
@@ -75,7 +74,7 @@ def predict_step(
     if system == "hsdp":
         one = predict(topology, units, micro_steps=1, hierarchical=False, backend=backend)
         return StepTraffic(
-            {key: type(tally)(tally.calls * steps, tally.bytes_sent * steps) for key, tally in one.per_rank.items()},
+            {key: Tally(tally.calls * steps, tally.bytes_sent * steps) for key, tally in one.per_rank.items()},
             {phase: size * steps for phase, size in one.nic_bytes.items()},
         )
     return predict(topology, units, micro_steps=steps, hierarchical=staged, backend=backend)
@@ -97,18 +96,18 @@ def phase_traffic(
         forward += numel
         backward += numel if unit.frees_after_forward and system != "zero2" else 0
     share = forward / (forward + backward)
-    gathers = _phase(whole, topology, "all_gather", "hop1_all_gather")
+    gathers = _phase(whole, topology, "hop1_all_gather")
     return {
-        PHASES[0]: PhaseTraffic(*(size * share for size in gathers)),
-        PHASES[1]: PhaseTraffic(*(size * (1 - share) for size in gathers)),
-        PHASES[2]: _phase(whole, topology, "reduce_scatter", "hop1_reduce_scatter"),
-        PHASES[3]: _phase(whole, topology, "all_reduce", "hop2_all_reduce"),
+        "hop1_all_gather_forward": PhaseTraffic(*(size * share for size in gathers)),
+        "hop1_all_gather_backward": PhaseTraffic(*(size * (1 - share) for size in gathers)),
+        "hop1_reduce_scatter": _phase(whole, topology, "hop1_reduce_scatter"),
+        "hop2_all_reduce": _phase(whole, topology, "hop2_all_reduce"),
     }
 
 
-def _phase(traffic: StepTraffic, topology: Topology, phase: str, nic_phase: str) -> PhaseTraffic:
-    sent = float(sum(tally.bytes_sent for (name, _), tally in traffic.per_rank.items() if name == phase))
-    nic = traffic.nic_bytes[nic_phase]
+def _phase(traffic: StepTraffic, topology: Topology, name: str) -> PhaseTraffic:
+    phase, nic = name.partition("_")[2], traffic.nic_bytes[name]
+    sent = float(sum(tally.bytes_sent for (of, _), tally in traffic.per_rank.items() if of == phase))
     # Rounding of shards can leave a byte or two less than nothing.
     return PhaseTraffic(sent, nic, max(0.0, sent - nic / topology.node_size))
 
@@ -117,6 +116,4 @@ def _sum(one: StepTraffic, other: StepTraffic) -> StepTraffic:
     tallies = dict(one.per_rank)
     for key, tally in other.per_rank.items():
         tallies[key] = tallies[key] + tally if key in tallies else tally
-    nic = {phase: size + other.nic_bytes[phase] for phase, size in one.nic_bytes.items()}
-    nic["hop2_all_reduce"] = other.nic_bytes["hop2_all_reduce"]
-    return StepTraffic(tallies, nic)
+    return StepTraffic(tallies, {phase: size + other.nic_bytes[phase] for phase, size in one.nic_bytes.items()})

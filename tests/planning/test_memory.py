@@ -71,7 +71,7 @@ def test_a_probe_at_shallow_depths_gives_what_the_whole_depth_takes():
     highest = max(tracked, key=lambda name: sum(tracked[name].values()))
     probed = probe_memory(workload, groups(8))
     assert probed.total_bytes == pytest.approx(sum(tracked[highest].values()), rel=0.03)
-    assert probed.phase == highest
+    assert probed.moment == highest
 
 
 def test_sizes_between_two_probed_ones_are_interpolated():
