@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_mics.commands.workload_options import given_or
+from hf_mics.commands.workload_options import flag, given_or
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
 from hf_mics.planning.cluster_file import load_cluster
@@ -36,11 +36,11 @@ def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Clus
     """
     given = [name for name in _RATES if getattr(options, name) is not None]
     ways = [way for way, used in (("--instance", options.instance), ("--cluster", options.cluster)) if used]
-    ways += [", ".join(map(_flag, given))] if given else []
+    ways += [", ".join(map(flag, given))] if given else []
     if len(ways) != 1:
         raise ConfigError(
             "expected one description of the cluster: --instance NAME, --cluster FILE, or all of "
-            f"{' '.join(map(_flag, _RATES))}; got {' and '.join(ways) or 'none'}."
+            f"{' '.join(map(flag, _RATES))}; got {' and '.join(ways) or 'none'}."
         )
     if options.cluster:
         cluster = load_cluster(options.cluster)
@@ -48,8 +48,8 @@ def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Clus
     if options.instance:
         return instance_cluster(options.instance, 1 if nodes is None else nodes, given_or(options.precision, "bf16"))
     if len(given) < len(_RATES):
-        missing = " ".join(_flag(name) for name in _RATES if name not in given)
-        raise ConfigError(f"a cluster by its rates needs all of {' '.join(map(_flag, _RATES))}; missing: {missing}.")
+        missing = " ".join(flag(name) for name in _RATES if name not in given)
+        raise ConfigError(f"a cluster by its rates needs all of {' '.join(map(flag, _RATES))}; missing: {missing}.")
     return custom_cluster(
         nodes=1 if nodes is None else nodes,
         gpus_per_node=options.gpus_per_node,
@@ -58,7 +58,3 @@ def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Clus
         nvlink_gb_per_s=options.nvlink,
         nic_gbit_per_s=options.nic,
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

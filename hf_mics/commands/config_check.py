@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hf_mics.commands.config_keys import (
@@ -28,6 +28,13 @@ _VERSION_1_ONLY = {
     "fsdp_use_orig_params": "FSDP2 always keeps the original parameters",
     "fsdp_sync_module_states": "MiCS always starts from rank 0's weights",
 }
+_SWITCHES = (
+    "fsdp_activation_checkpointing",
+    "fsdp_activation_checkpointing_offload",
+    "fsdp_cpu_ram_efficient_loading",
+    "fsdp_offload_params",
+    "fsdp_reshard_after_forward",
+)
 # Parallelism that MiCS does not use, and the one value that accelerate takes for it.
 _BACKENDS = {"cp_backend": "torch", "sp_backend": "deepspeed"}
 
@@ -134,9 +141,9 @@ def _fsdp(fsdp: Config) -> Iterator[str]:
         yield f"fsdp_config: fsdp_version is {fsdp['fsdp_version']}, MiCS is built on 2: set fsdp_version: 2"
     state = str(fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT"))
     if state not in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
-        yield (f"fsdp_config: fsdp_state_dict_type is {state}; version 2 knows SHARDED_STATE_DICT and FULL_STATE_DICT")
+        yield f"fsdp_config: fsdp_state_dict_type is {state}; version 2 knows SHARDED_STATE_DICT and FULL_STATE_DICT"
     for key, value in fsdp.items():
-        if _is_switch(key) and str(value).lower() not in TRUE + FALSE:
+        if key in _SWITCHES and str(value).lower() not in TRUE + FALSE:
             yield f"fsdp_config: {key} must be true or false, got {value!r}"
     if is_true(fsdp.get("fsdp_activation_checkpointing_offload", False)) and not is_true(
         fsdp.get("fsdp_activation_checkpointing", False)
@@ -165,11 +172,6 @@ def _fsdp(fsdp: Config) -> Iterator[str]:
             "fsdp_config: fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP or NO_WRAP, got "
             f"{policy}"
         )
-
-
-def _is_switch(key: str) -> bool:
-    names = ("activation_checkpointing", "activation_checkpointing_offload", "cpu_ram_efficient_loading")
-    return key.removeprefix("fsdp_") in (*names, "offload_params", "reshard_after_forward")
 
 
 def _fsdp_notes(config: Config, fsdp: Config) -> Iterator[str]:
@@ -222,9 +224,8 @@ def _wrapping(fsdp: Config) -> str:
     names = fsdp.get("fsdp_transformer_layer_cls_to_wrap")
     policy = str(fsdp.get("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"))
     size = fsdp.get("fsdp_min_num_params") or 0
-    rules: dict[str, Callable[[], str]] = {
-        "SIZE_BASED_WRAP": lambda: f"modules of more than {size} parameters" if size else "found by hf_mics",
-        "NO_WRAP": lambda: "found by hf_mics (NO_WRAP is read as no wish)",
-        "TRANSFORMER_BASED_WRAP": lambda: f"every {names}" if names else "found by hf_mics",
-    }
-    return rules.get(policy, rules["TRANSFORMER_BASED_WRAP"])()
+    if policy == "NO_WRAP":
+        return "found by hf_mics (NO_WRAP is read as no wish)"
+    if policy == "SIZE_BASED_WRAP":
+        return f"modules of more than {size} parameters" if size else "found by hf_mics"
+    return f"every {names}" if names else "found by hf_mics"

@@ -11,6 +11,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_mics.commands.workload_options import flag
 from hf_mics.errors import ConfigError, MiCSError
 from hf_mics.planning.cluster import require_positive
 from hf_mics.planning.models import find_model
@@ -63,11 +64,11 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     node_size = _launched_node_size()
     for name in ("largest_mb", "limit_s"):
-        require_positive("--" + name.replace("_", "-"), getattr(options, name))
+        require_positive(flag(name), getattr(options, name))
     for name, least in (("seq_length", 1), ("micro_batch", 1), ("samples", 3)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+            raise ConfigError(f"{flag(name)} must be at least {least}, got {value}.")
     import torch
     import torch.distributed as dist
 
@@ -116,12 +117,15 @@ def _check_together(options: argparse.Namespace, node_size: int) -> None:
         if dist.get_rank() == 0 and path.exists() and not options.force:
             raise already_there(path)
         if dist.get_rank() == 0 and not path.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {str(path)!r}: no such folder.")
+            raise ConfigError(f"cannot write {str(path)!r}: no such folder. Make it, or choose another.")
         return node_size
 
     sizes = set(say_to_all(say))
     if len(sizes) > 1:
-        raise ConfigError(f"every node must run as many ranks, got {sorted(sizes)}.")
+        raise ConfigError(
+            f"every node must run as many ranks, got {' and '.join(map(str, sorted(sizes)))}. Launch the same number "
+            "of processes on every node."
+        )
 
 
 def _measure(

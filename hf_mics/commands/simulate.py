@@ -11,7 +11,7 @@ from typing import get_args
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
 from hf_mics.commands.paper_figures import paper_report
 from hf_mics.commands.scaling_report import ScalingReport, scaling_table
-from hf_mics.commands.workload_options import add_workload_arguments, given_or, workload_from_options
+from hf_mics.commands.workload_options import add_workload_arguments, flag, given_or, workload_from_options
 from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster
 from hf_mics.planning.scaling import ScalePoint, Scaling, simulate, sizes_between, smallest_partition
@@ -63,11 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _refuse_beside_paper(options: argparse.Namespace) -> None:
     """The published figures fix everything but where the report goes."""
-    ignored = [
-        "--" + name.replace("_", "-")
-        for name, value in vars(options).items()
-        if name not in _WITH_PAPER and value is not None and value is not False
-    ]
+    given = (name for name, value in vars(options).items() if value is not None and value is not False)
+    ignored = [flag(name) for name in given if name not in _WITH_PAPER]
     if ignored:
         raise ConfigError(
             f"--paper redraws published figures, whose models, clusters and sizes are fixed: leave out "

@@ -48,6 +48,11 @@ def workload_from_options(options: argparse.Namespace, *, accumulation: int, cpu
     )
 
 
+def flag(name: str) -> str:
+    """The flag whose value argparse keeps as `name`."""
+    return "--" + name.replace("_", "-")
+
+
 def given_or(value: Any, default: Any) -> Any:
     """`value`, or `default` where the flag was not given."""
     return default if value is None else value
