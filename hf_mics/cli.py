@@ -7,13 +7,12 @@ one that is asked for is imported, so that help is instant and no command waits 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from importlib import import_module
 
 import hf_mics
-from hf_mics.errors import MiCSError
+from hf_mics.errors import MiCSError, did_you_mean
 
 COMMANDS: dict[str, str] = {
     "plan": "choose the partition size for a model on a cluster: memory, traffic and time of each, without GPUs",
@@ -47,8 +46,7 @@ def _run(words: list[str]) -> int:
     asked = next((word for word in words if not word.startswith("-")), None)
     parser = _parser(asked)
     if asked is not None and asked not in COMMANDS:
-        near = difflib.get_close_matches(asked, COMMANDS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(asked, COMMANDS)
         parser.error(f"unknown command: expected one of {', '.join(COMMANDS)}, got {asked!r}.{hint}")
     options = parser.parse_args(words)
     try:

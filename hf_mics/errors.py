@@ -4,6 +4,11 @@ Every message says what was wrong, what was expected, what was got, and the fix.
 rank alike, before the collective that would otherwise hang.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class MiCSError(Exception):
     """Base of every error that hf_mics raises on purpose."""
@@ -27,3 +32,9 @@ class LossError(MiCSError, RuntimeError):
 
 class CheckpointError(MiCSError, RuntimeError):
     """A checkpoint that could not be written, or cannot be resumed by this run."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The names in `known` that are near to `word`, as a sentence for a message; empty if there are none."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

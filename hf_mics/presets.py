@@ -14,12 +14,11 @@ model is an entry of `PRESETS`.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from hf_mics.errors import ConfigError
+from hf_mics.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -285,10 +284,8 @@ def find_preset(name: str, task: Task | None = None) -> Preset:
     names = [known for known, preset in PRESETS.items() if task in (None, preset.task)]
     if name in names:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ConfigError(
-        f"Unknown model preset: expected one of {', '.join(names)}, got {name!r}. {hint}"
+        f"unknown model preset: expected one of {', '.join(names)}, got {name!r}.{did_you_mean(name, names)} "
         "For any other shape pass a transformers configuration with --model_config."
     )
 
@@ -305,6 +302,6 @@ def load_model_config(name_or_path: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"No model configuration: expected a config.json, a folder with one or a name on the Hugging Face hub, got "
+            f"no model configuration: expected a config.json, a folder with one or a name on the Hugging Face hub, got "
             f"{name_or_path!r}. Correct it, or take a preset: {', '.join(PRESETS)}. Cause: {error}"
         ) from None

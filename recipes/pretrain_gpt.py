@@ -195,7 +195,7 @@ def main() -> None:
         accelerator.load_state(str(resume_from))
         accelerator.print(f"Resumed from {resume_from} at step {progress.step}.", skipped, sep="\n")
         if progress.step >= args.max_steps:
-            raise ConfigError(f"Nothing to do: the checkpoint is at step {progress.step}; raise --max_steps.")
+            raise ConfigError(f"nothing to do: the checkpoint is at step {progress.step}; raise --max_steps.")
     accelerator.init_trackers("logs", {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()})
 
     metric = load_metric("perplexity") if accelerator.is_main_process else None

@@ -85,4 +85,4 @@ def test_default_task_is_learned_well_above_the_majority_class(tmp_path: Path):
 def test_bad_input_is_one_clear_error_that_ends_every_rank(common: list[str | Path | float], tmp_path: Path):
     flags = ("--output_dir", tmp_path, "--class_names", "up", "down")
     ranks = run_on_ranks("finetune_classifier.py", *common, *flags)
-    assert_told(ranks, "Unknown label in row 2 of the train split: expected one of up, down")
+    assert_told(ranks, "unknown label in row 2 of the train split: expected one of up, down")

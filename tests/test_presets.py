@@ -85,5 +85,5 @@ def test_saved_configuration_loads(name: str, tmp_path: Path):
 
 
 def test_missing_configuration_is_refused():
-    with pytest.raises(ConfigError, match=r"No model configuration: .*/no/such"):
+    with pytest.raises(ConfigError, match=r"no model configuration: .*/no/such"):
         load_model_config("/no/such")

@@ -41,7 +41,7 @@ def load_cluster(path: str | Path) -> Cluster:
         text = Path(path).read_text()
         content = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"No cluster file: cannot read {str(path)!r}: {error}") from None
+        raise ConfigError(f"no cluster file: cannot read {str(path)!r}: {error}") from None
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: expected a cluster as hf-mics measure writes it (JSON or YAML): {error}") from None
     try:

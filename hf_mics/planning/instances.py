@@ -6,10 +6,9 @@ node, each link per direction. What part of them a collective reaches is an assu
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from hf_mics.errors import ConfigError
+from hf_mics.errors import ConfigError, did_you_mean
 from hf_mics.planning.cluster import Accelerator, Cluster, Link, Range, require_positive
 from hf_mics.planning.workload import Precision
 
@@ -78,11 +77,10 @@ def instance_cluster(name: str, nodes: int, precision: Precision = "bf16") -> Cl
     """
     instance = INSTANCES.get(name)
     if instance is None:
-        near = difflib.get_close_matches(name, INSTANCES, n=3, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(
-            f"Unknown instance: expected one of {', '.join(INSTANCES)}, got {name!r}. {hint}Describe any other with "
-            "--gpus-per-node --gpu-memory --nvlink --nic --peak, or measure it with hf-mics measure."
+            f"unknown instance: expected one of {', '.join(INSTANCES)}, got {name!r}.{did_you_mean(name, INSTANCES)} "
+            "Describe any other with --gpus-per-node --gpu-memory --nvlink --nic --peak, or measure it with hf-mics "
+            "measure."
         )
     memory_gb, half_tflops, fp32_tflops, memory_gb_per_s = _GPUS[instance.gpu]
     return custom_cluster(

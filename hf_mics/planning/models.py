@@ -5,14 +5,13 @@ Reads config.json itself, so that neither torch nor transformers is loaded.
 
 from __future__ import annotations
 
-import difflib
 import json
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mics.errors import ConfigError
+from hf_mics.errors import ConfigError, did_you_mean
 from hf_mics.planning.workload import ModelShape, require_count
 from hf_mics.presets import PRESETS, BERTPreset, LlamaPreset, Preset
 
@@ -106,11 +105,9 @@ def _read(path: Path) -> Config:
 
 
 def _download(name: str) -> Path:
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    choices = f"{hint}Presets: {', '.join(PRESETS)}."
+    choices = f"{did_you_mean(name, PRESETS)} Presets: {', '.join(PRESETS)}."
     if name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"no such file or folder: {name!r}. {choices}")
+        raise ConfigError(f"no such file or folder: {name!r}.{choices}")
     import huggingface_hub
 
     try:
@@ -119,7 +116,7 @@ def _download(name: str) -> Path:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"no model {name!r}: neither a preset, nor a file or folder here, nor a configuration that could be had "
-            f"from the Hugging Face hub ({type(error).__name__}: {first}). {choices} Without network, pass a local "
+            f"from the Hugging Face hub ({type(error).__name__}: {first}).{choices} Without network, pass a local "
             "config.json."
         ) from None
 

@@ -1,1 +1,1 @@
-"""What the recipes share: text, tokenizers and metrics. None of it knows about MiCS."""
+"""What the recipes share: text, tokenizers, metrics and results. Which accelerator trains is the recipes' choice."""

@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrain
 
 from hf_mics.errors import ConfigError
 from hf_mics.presets import Task, find_preset, load_model_config
+from hf_mics.pretraining.arguments import require_at_least
 from hf_mics.pretraining.ranks import main_process_first
 from hf_mics.pretraining.sources import AnyDataset
 from hf_mics.pretraining.text import TextArguments, iterate_documents, load_text, pack
@@ -46,8 +47,7 @@ class BlockArguments:
                 f"--vocab_size is of a tokenizer that is trained: expected it or --tokenizer, got both "
                 f"({self.vocab_size} and {self.tokenizer!r}). Leave one out."
             )
-        if self.max_eval_blocks < 1:
-            raise ConfigError(f"--max_eval_blocks must be at least 1, got {self.max_eval_blocks}.")
+        require_at_least(1, max_eval_blocks=self.max_eval_blocks)
 
 
 class Blocks(NamedTuple):
@@ -91,7 +91,7 @@ def prepare_blocks(
     tokenizer = load_or_train_tokenizer(arguments.tokenizer, documents, TOKENIZER_KINDS[task], vocab_size)
     if task == "masked" and tokenizer.mask_token is None:
         raise ConfigError(
-            f"No mask token: expected a tokenizer of BERT's kind, got one with the special tokens "
+            f"no mask token: expected a tokenizer of BERT's kind, got one with the special tokens "
             f"{', '.join(tokenizer.all_special_tokens) or 'none'}. Leave --tokenizer out to train one on the corpus."
         )
     _fit_to_tokenizer(config, tokenizer)
@@ -130,7 +130,7 @@ def build_model(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
             return auto_class.from_config(config)
     except ValueError as error:
         raise ConfigError(
-            f"A {config.model_type!r} model has no head for {auto_class.__name__}. Take a preset or another "
+            f"a {config.model_type!r} model has no head for {auto_class.__name__}. Take a preset or another "
             f"--model_config. Cause: {str(error).splitlines()[0]}"
         ) from None
 
@@ -148,11 +148,11 @@ def _block_size(wanted: int | None, config: PretrainedConfig) -> int:
     context = context_length(config)
     if wanted is None:
         if context is None:
-            raise ConfigError(f"A {config.model_type!r} model has no longest sequence: say how long with --block_size.")
+            raise ConfigError(f"a {config.model_type!r} model has no longest sequence: say how long with --block_size.")
         return context
     if context is not None and wanted > context:
         raise ConfigError(
-            f"Blocks longer than the model's context: expected a --block_size of at most {context}, got {wanted}."
+            f"blocks longer than the model's context: expected a --block_size of at most {context}, got {wanted}."
         )
     return wanted
 

@@ -60,7 +60,7 @@ def find_checkpoint(wanted: str, output_dir: str | Path) -> tuple[Path, str]:
     except CheckpointError as error:
         known = ", ".join(map(str, sorted(parent.glob(f"{PREFIX}*")))) or "none"
         raise ConfigError(
-            f"Not a checkpoint: expected 'latest' or a folder that --save_steps wrote, got {wanted!r}. {error} "
+            f"not a checkpoint: expected 'latest' or a folder that --save_steps wrote, got {wanted!r}. {error} "
             f"In {output_dir}: {known}."
         ) from error
     return Path(wanted), ""

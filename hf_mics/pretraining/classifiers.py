@@ -50,7 +50,7 @@ def load_classifier(
     tokenizer = load_or_train_tokenizer(name_or_path, (), "wordpiece", 0)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"The tokenizer of {name_or_path!r} has neither a padding nor an end-of-text token.")
+            raise ConfigError(f"the tokenizer of {name_or_path!r} has neither a padding nor an end-of-text token.")
         tokenizer.pad_token = tokenizer.eos_token
     return _load_pretrained(name_or_path, tokenizer, classes), tokenizer
 
@@ -68,12 +68,12 @@ def _load_pretrained(
         is_checkpoint = Path(name_or_path, MARK_NAME).is_file()
         hint = f"It is a training checkpoint: `hf-mics export {name_or_path} FOLDER`, then take FOLDER. "
         raise ConfigError(
-            f"No model to fine-tune: expected a folder that save_pretrained wrote or a name on the Hugging Face hub, "
+            f"no model to fine-tune: expected a folder that save_pretrained wrote or a name on the Hugging Face hub, "
             f"got {name_or_path!r}. {hint if is_checkpoint else ''}Cause: {error}"
         ) from None
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
-            f"Tokenizer and model of {name_or_path!r} do not belong together: expected at most {config.vocab_size} "
+            f"tokenizer and model of {name_or_path!r} do not belong together: expected at most {config.vocab_size} "
             f"tokens, got {len(tokenizer)}."
         )
     return model

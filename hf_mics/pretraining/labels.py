@@ -50,7 +50,7 @@ def load_labelled(arguments: LabelledArguments) -> LabelledText:
     splits = load_splits(arguments, load_topics, columns)
     names = _class_names(splits["train"], arguments.label_column, arguments.class_names)
     if len(names) < 2:
-        raise ConfigError(f"Too few classes: expected at least 2 in {arguments.label_column!r}, got {names}.")
+        raise ConfigError(f"too few classes: expected at least 2 in {arguments.label_column!r}, got {names}.")
     rows = {}
     for split in ("train", "validation"):
         numbers = _numbers(splits[split][arguments.label_column], names, split)
@@ -65,14 +65,14 @@ def _class_names(train: Dataset, column: str, wanted: list[str] | None) -> list[
     if isinstance(feature, ClassLabel):
         if wanted and len(wanted) != feature.num_classes:
             raise ConfigError(
-                f"The data set has {feature.num_classes} classes ({', '.join(feature.names)}), --class_names has "
+                f"the data set has {feature.num_classes} classes ({', '.join(feature.names)}), --class_names has "
                 f"{len(wanted)}: {', '.join(wanted)}. Name all of them, or leave --class_names out."
             )
         return wanted or list(feature.names)
     kind = feature.dtype if isinstance(feature, Value) else str(feature)
     if not kind.startswith(("string", "large_string", "int", "uint")):
         raise ConfigError(
-            f"Labels must be names or whole numbers from 0, one a row; the column {column!r} holds {kind}. Convert it, "
+            f"labels must be names or whole numbers from 0, one a row; the column {column!r} holds {kind}. Convert it, "
             "or name another one with --label_column."
         )
     found = {label for label in train[column] if label is not None}
@@ -84,15 +84,15 @@ def _numbers(labels: Sequence[Any], names: list[str], split: str) -> list[int]:
     for row, label in enumerate(labels):
         where = f"in row {row} of the {split} split"
         if label is None:
-            raise ConfigError(f"No label {where}: expected one of {', '.join(names)}. Fill it in or drop the row.")
+            raise ConfigError(f"no label {where}: expected one of {', '.join(names)}. Fill it in or drop the row.")
         if isinstance(label, str) and label not in number_of:
             raise ConfigError(
-                f"Unknown label {where}: expected one of {', '.join(names)}, got {label!r}. Correct it, or list all "
+                f"unknown label {where}: expected one of {', '.join(names)}, got {label!r}. Correct it, or list all "
                 "classes with --class_names."
             )
         if not isinstance(label, str) and not 0 <= label < len(names):
             raise ConfigError(
-                f"Label out of range {where}: expected 0 to {len(names) - 1} for {len(names)} classes, got {label}. "
+                f"label out of range {where}: expected 0 to {len(names) - 1} for {len(names)} classes, got {label}. "
                 "Number the classes from 0, write their names instead, or list them all with --class_names."
             )
     return [number_of[label] if isinstance(label, str) else int(label) for label in labels]

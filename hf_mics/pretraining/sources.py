@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from hf_mics.errors import ConfigError
+from hf_mics.pretraining.arguments import require_at_least
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -42,15 +43,14 @@ class SourceArguments:
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_file:
             raise ConfigError(
-                f"Two sources of text: expected --dataset_name or --train_file, got both ({self.dataset_name!r} and "
+                f"two sources of text: expected --dataset_name or --train_file, got both ({self.dataset_name!r} and "
                 f"{self.train_file}). Leave one out."
             )
         if self.validation_file and not self.train_file:
             raise ConfigError("--validation_file needs --train_file: got files to validate on but none to train on.")
         if self.dataset_config and not self.dataset_name:
             raise ConfigError(f"--dataset_config needs --dataset_name: got {self.dataset_config!r} and no data set.")
-        if self.validation_documents < 1:
-            raise ConfigError(f"--validation_documents must be at least 1, got {self.validation_documents}.")
+        require_at_least(1, validation_documents=self.validation_documents)
 
 
 def load_splits(
@@ -96,11 +96,11 @@ def _load_from_hub(arguments: SourceArguments, streaming: bool) -> dict[str, Any
         loaded = load_dataset(name, arguments.dataset_config, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         raise ConfigError(
-            f"Cannot load the data set {name!r} (configuration {arguments.dataset_config!r}): {error} "
+            f"cannot load the data set {name!r} (configuration {arguments.dataset_config!r}): {error} "
             "Check the name and the network, or leave --dataset_name out to train on embedded text."
         ) from None
     if "train" not in loaded:
-        raise ConfigError(f"The data set {name!r} must have a split 'train', got {', '.join(map(str, loaded))}.")
+        raise ConfigError(f"the data set {name!r} must have a split 'train', got {', '.join(map(str, loaded))}.")
     return {split: loaded[split] for split in ("train", "validation") if split in loaded}
 
 
@@ -108,22 +108,21 @@ def _load_files(files: list[str], streaming: bool) -> AnyDataset:
     """Loads local files of one kind. Text files with blank lines are read by paragraphs, ones without by lines."""
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes <= BUILDERS.keys():
-        raise ConfigError(f"Text files must be of one kind of {', '.join(BUILDERS)}; got {', '.join(files)}.")
+        raise ConfigError(f"text files must be of one kind of {', '.join(BUILDERS)}; got {', '.join(files)}.")
     for file in files:
         if not Path(file).is_file():
-            raise ConfigError(f"No such text file: {file} (absolute path {Path(file).resolve()}).")
+            raise ConfigError(f"no such text file: {file} (absolute path {Path(file).resolve()}).")
         if not Path(file).stat().st_size:
-            raise ConfigError(f"The text file {file} is empty: expected documents, got 0 bytes.")
+            raise ConfigError(f"the text file {file} is empty: expected documents, got 0 bytes.")
     builder = BUILDERS[suffixes.pop()]
     options = {"sample_by": _sample_by(files)} if builder == "text" else {}
     try:
         dataset = load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming, **options)
-        if next(iter(dataset), None) is None:
-            raise ConfigError(f"No documents in {', '.join(files)}: expected at least one, got none.")
-    except ConfigError:
-        raise
+        is_empty = next(iter(dataset), None) is None
     except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError(f"Cannot read {', '.join(files)} as {builder}: {error.__cause__ or error}") from None
+        raise ConfigError(f"cannot read {', '.join(files)} as {builder}: {error.__cause__ or error}") from None
+    if is_empty:
+        raise ConfigError(f"no documents in {', '.join(files)}: expected at least one, got none.")
     return dataset
 
 
@@ -137,7 +136,7 @@ def _sample_by(files: list[str]) -> str:
             found.setdefault("paragraph" if b"\n\n" in start else "line", file)
     if len(found) > 1:
         raise ConfigError(
-            "Text files must all have blank lines between their documents, or all one document a line: "
+            "text files must all have blank lines between their documents, or all one document a line: "
             f"{found['paragraph']} has blank lines, {found['line']} has none. Convert one of them, or take jsonl."
         )
     return next(iter(found), "line")
@@ -148,7 +147,7 @@ def _check_columns(dataset: AnyDataset, split: str, wanted: Mapping[str, str]) -
     for column, flag in wanted.items():
         if column not in columns:
             raise ConfigError(
-                f"No column {column!r} in the {split} split: expected a column {column!r}, got "
+                f"no column {column!r} in the {split} split: expected a column {column!r}, got "
                 f"{', '.join(columns) or 'none'}. Name the right one with {flag}."
             )
 
@@ -157,7 +156,7 @@ def _check_is_text(dataset: AnyDataset, split: str, text_column: str) -> None:
     feature = dataset.features[text_column] if dataset.features else Value("string")
     if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
         raise ConfigError(
-            f"The column {text_column!r} of the {split} split must hold text, got "
+            f"the column {text_column!r} of the {split} split must hold text, got "
             f"{getattr(feature, 'dtype', feature)}. Name another one with --text_column."
         )
 
@@ -170,14 +169,14 @@ def _hold_out(dataset: AnyDataset, num_documents: int) -> dict[str, AnyDataset]:
         }
         if next(iter(splits["train"]), None) is None:
             raise ConfigError(
-                f"Nothing left to train on: the stream ends within the {num_documents} documents that are held out for "
+                f"nothing left to train on: the stream ends within the {num_documents} documents that are held out for "
                 "validation. Pass --validation_file, or a smaller --validation_documents."
             )
         return splits
     size = min(num_documents, max(1, int(MAX_VALIDATION_FRACTION * len(dataset))))
     if len(dataset) < 2:
         raise ConfigError(
-            f"Too few documents to hold one out for validation: expected at least 2, got {len(dataset)}. Pass "
+            f"too few documents to hold one out for validation: expected at least 2, got {len(dataset)}. Pass "
             "--validation_file, or text with more paragraphs or lines."
         )
     held_out = dataset.train_test_split(test_size=size, seed=0)

@@ -76,7 +76,7 @@ def pack(
         raise ConfigError(f"block_size must be at least 3 for this tokenizer, got {block_size}.")
     if with_offsets and not tokenizer.is_fast:
         raise ConfigError(
-            f"Whole words need a fast tokenizer, which knows where tokens start and end; got a slow one, "
+            f"whole words need a fast tokenizer, which knows where tokens start and end; got a slow one, "
             f"{type(tokenizer).__name__}. Mask single tokens, or take another tokenizer."
         )
     columns = list(dataset.column_names or next(iter(dataset)))
@@ -85,7 +85,7 @@ def pack(
     if next(iter(blocks), None) is None:
         num_tokens = len(packer.stream([row[text_column] for row in islice(dataset, PACKED_AT_ONCE)])[0])
         raise ConfigError(
-            f"Blocks longer than the corpus: expected at least one block of {block_size} tokens, got {num_tokens} "
+            f"blocks longer than the corpus: expected at least one block of {block_size} tokens, got {num_tokens} "
             "tokens in all. Use more text or a smaller --block_size."
         )
     return blocks

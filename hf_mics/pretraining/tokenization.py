@@ -116,7 +116,7 @@ def load_or_train_tokenizer(
         if name_or_path is None:
             if vocab_size < MIN_VOCAB_SIZE:
                 raise ConfigError(
-                    f"Vocabulary too small: expected at least {MIN_VOCAB_SIZE} tokens (one a byte, one special), "
+                    f"vocabulary too small: expected at least {MIN_VOCAB_SIZE} tokens (one a byte, one special), "
                     f"got {vocab_size}."
                 )
             return train_byte_level_bpe(texts, vocab_size) if kind == "bpe" else train_wordpiece(texts, vocab_size)
@@ -124,7 +124,7 @@ def load_or_train_tokenizer(
             return AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"No tokenizer: expected a folder with tokenizer files or a name on the Hugging Face hub, got "
+                f"no tokenizer: expected a folder with tokenizer files or a name on the Hugging Face hub, got "
                 f"{name_or_path!r}. Without one it is trained on the corpus. Cause: {error}"
             ) from None
 

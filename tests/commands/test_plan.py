@@ -115,7 +115,7 @@ def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--instance", "p4d.24xlarg"], "Did you mean p4d.24xlarge"),
+        (["--instance", "p4d.24xlarg"], "Did you mean 'p4d.24xlarge'"),
         (["--model", "gpt-175"], "Did you mean 'gpt-175b'"),
         (["--model", ""], "no model: expected a preset"),
         (["--model", "somebody/something"], "could be had from the Hugging Face hub"),
@@ -159,7 +159,7 @@ def test_a_command_that_there_is_not_is_refused_with_the_nearest_name(capsys: py
     with pytest.raises(SystemExit) as stopped:
         main(["plna", "--model", "gpt2"])
     assert stopped.value.code == 2
-    assert "got 'plna'. Did you mean plan?" in capsys.readouterr().err
+    assert "got 'plna'. Did you mean 'plan'?" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():

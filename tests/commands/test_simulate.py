@@ -171,7 +171,7 @@ def test_the_paper_s_figures_hold_every_published_point(tmp_path: Path, capsys: 
         (["simulate", "--instance", "p4d.24xlarge"], "no model: expected --model"),
         (["simulate", "--model", "gpt2-xl"], "expected one description of the cluster"),
         (["simulate", "--model", "gpt2-xxl", "--instance", "p4d.24xlarge"], "Did you mean 'gpt2-xl'"),
-        (["simulate", "--model", "gpt2-xl", "--instance", "p4x.24xlarge"], "Did you mean p4d"),
+        (["simulate", "--model", "gpt2-xl", "--instance", "p4x.24xlarge"], "Did you mean 'p4d"),
         ([*SMALL, "--from-gpus", "0"], "GPUs must run from a positive number up, got 0 to 16384"),
         ([*SMALL, "--to-gpus", "1000000000000"], "world_size must be at most 1048576 ranks, got 1000000000000"),
         ([*SMALL, "--from-gpus", "64", "--to-gpus", "8"], "got 64 to 8"),

@@ -63,7 +63,7 @@ def test_every_assumption_is_listed_with_its_range_and_source():
 
 
 def test_an_unknown_instance_is_refused_with_the_nearest_names():
-    with pytest.raises(ConfigError, match=r"got 'p4d.24xl'.*Did you mean p4d.24xlarge"):
+    with pytest.raises(ConfigError, match=r"got 'p4d.24xl'.*Did you mean 'p4d.24xlarge"):
         instance_cluster("p4d.24xl", nodes=2)
 
 
@@ -123,7 +123,7 @@ def test_speed_0_and_1_are_the_slow_and_the_fast_end_of_every_constant():
 
 
 def test_a_phase_s_own_link_goes_before_the_lane_s():
-    own = Link(bandwidth_bytes_per_s=Range.exactly(7.0), latency_s=Range.exactly(3.0))
+    own = Link(bandwidth_bytes_per_s=Range.over(7.0), latency_s=Range.over(3.0))
     rates = replace(P4D, collectives={("all_reduce", "inter_node"): own}).rates(0.5)
     assert rates.link("all_reduce", "inter_node") == (3.0, 7.0)
     assert rates.link("all_gather", "inter_node") == rates.links["inter_node"]

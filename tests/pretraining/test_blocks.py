@@ -114,7 +114,7 @@ def test_blocks_that_do_not_fit_are_refused(text, tmp_path: Path, task: str, con
 
 def test_a_tokenizer_without_a_mask_token_is_refused(text, tmp_path: Path):
     train_byte_level_bpe(LINES, 290).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ConfigError, match=r"No mask token.*<\|endoftext\|>.*--tokenizer"):
+    with pytest.raises(ConfigError, match=r"no mask token.*<\|endoftext\|>.*--tokenizer"):
         prepare(text, "masked", BertConfig(), tmp_path, tokenizer=str(tmp_path / "tokenizer"))
 
 
@@ -131,9 +131,9 @@ def test_a_vocabulary_to_train_beside_a_tokenizer_that_is_there_is_refused():
 
 
 def test_a_model_without_the_head_is_refused():
-    with pytest.raises(ConfigError, match=r"A 'gpt2' model has no head for AutoModelForMaskedLM"):
+    with pytest.raises(ConfigError, match=r"a 'gpt2' model has no head for AutoModelForMaskedLM"):
         build_model(AutoModelForMaskedLM, GPT2Config(n_embd=12, n_head=2, n_layer=1))
-    with pytest.raises(ConfigError, match=r"A 'vit' model has no head for AutoModelForCausalLM"):
+    with pytest.raises(ConfigError, match=r"a 'vit' model has no head for AutoModelForCausalLM"):
         build_model(AutoModelForCausalLM, AutoConfig.for_model("vit"))
 
 

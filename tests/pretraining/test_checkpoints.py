@@ -36,7 +36,7 @@ def test_path_is_taken_as_it_is(tmp_path: Path):
 
 @pytest.mark.parametrize("wanted", ["latest", "/no/such/folder", "."])
 def test_folder_that_is_no_checkpoint_is_refused_and_others_are_named(tmp_path: Path, wanted: str):
-    with pytest.raises(ConfigError, match=r"Not a checkpoint: .*: none"):
+    with pytest.raises(ConfigError, match=r"not a checkpoint: .*: none"):
         find_checkpoint(wanted, tmp_path)
     make(tmp_path, 7)
     with pytest.raises(ConfigError, match=r"step_00000007"):

@@ -97,12 +97,12 @@ def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path):
 
 
 def test_what_cannot_be_fine_tuned_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"No tokenizer.*'/no/such'"):
+    with pytest.raises(ConfigError, match=r"no tokenizer.*'/no/such'"):
         load_classifier("/no/such", (), NAMES)
     with pytest.raises(ConfigError, match=r"do not belong together: expected at most 20 tokens, got"):
         load_classifier(save_bert(tmp_path / "small", vocab_size=20), (), NAMES)
     train_wordpiece(TEXTS * 5, 80).save_pretrained(tmp_path / "only")
-    with pytest.raises(ConfigError, match=r"No model to fine-tune.*only"):
+    with pytest.raises(ConfigError, match=r"no model to fine-tune.*only"):
         load_classifier(str(tmp_path / "only"), (), NAMES)
     (tmp_path / "only" / "mics_checkpoint.json").touch()
     with pytest.raises(ConfigError, match=r"It is a training checkpoint: `hf-mics export .*only FOLDER`"):
@@ -111,5 +111,5 @@ def test_what_cannot_be_fine_tuned_is_refused(tmp_path: Path):
     ViTForImageClassification(
         ViTConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
     ).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ConfigError, match=r"No model to fine-tune.*vit"):
+    with pytest.raises(ConfigError, match=r"no model to fine-tune.*vit"):
         load_classifier(str(tmp_path / "vit"), (), NAMES)

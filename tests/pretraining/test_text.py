@@ -115,15 +115,15 @@ def test_embedded_corpus_is_the_default(streaming: bool):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("missing.txt", None, "No such text file: .*missing.txt"),
+        ("missing.txt", None, "no such text file: .*missing.txt"),
         ("empty.txt", "", "empty.txt is empty"),
-        ("blank.csv", "text\n", "No documents|Cannot read"),
+        ("blank.csv", "text\n", "no documents|cannot read"),
         (
             "columns.jsonl",
             '{"body": "x", "title": "y"}\n' * 4,
             "expected a column 'text', got body, title.*--text_column",
         ),
-        ("broken.jsonl", "{not json", "Cannot read .*broken.jsonl as json"),
+        ("broken.jsonl", "{not json", "cannot read .*broken.jsonl as json"),
         ("picture.png", "x", "one kind of .txt"),
     ],
 )
@@ -141,7 +141,7 @@ def test_one_document_cannot_be_split(tmp_path: Path):
 
 
 def test_stream_that_ends_in_the_held_out_documents_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"Nothing left to train on.*--validation_documents"):
+    with pytest.raises(ConfigError, match=r"nothing left to train on.*--validation_documents"):
         load_text(TextArguments(train_file=[write(tmp_path / "a.txt")], streaming=True, validation_documents=40))
 
 
@@ -159,5 +159,5 @@ def test_two_sources_are_refused():
 
 
 def test_unknown_hub_data_set_is_refused_offline():
-    with pytest.raises(ConfigError, match=r"Cannot load the data set 'nobody/nothing'"):
+    with pytest.raises(ConfigError, match=r"cannot load the data set 'nobody/nothing'"):
         load_text(TextArguments(dataset_name="nobody/nothing"))

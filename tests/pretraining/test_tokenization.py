@@ -75,7 +75,7 @@ def test_loading_a_folder_trains_nothing(texts: list[str], tmp_path: Path):
 
 
 def test_missing_tokenizer_and_tiny_vocabulary_are_refused():
-    with pytest.raises(ConfigError, match=r"No tokenizer: expected a folder.*'/no/such/folder'"):
+    with pytest.raises(ConfigError, match=r"no tokenizer: expected a folder.*'/no/such/folder'"):
         load_or_train_tokenizer("/no/such/folder", [], "bpe", 1000)
     with pytest.raises(ConfigError, match=r"at least 257 tokens.*got 100"):
         load_or_train_tokenizer(None, ["text"], "bpe", 100)

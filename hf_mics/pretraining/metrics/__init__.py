@@ -21,5 +21,5 @@ def load_metric(name: str) -> evaluate.Metric:
     folder = Path(__file__).parent
     names = sorted(path.stem for path in folder.glob("[a-z]*.py"))
     if name not in names:
-        raise ConfigError(f"Unknown metric: expected one of {', '.join(names)}, got {name!r}.")
+        raise ConfigError(f"unknown metric: expected one of {', '.join(names)}, got {name!r}.")
     return evaluate.load(str(folder / f"{name}.py"), keep_in_memory=True)
