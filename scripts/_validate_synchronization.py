@@ -43,8 +43,8 @@ def measured_cluster(bytes_per_s: float) -> Cluster:
     flops_per_s = sum(step_flops(WORKLOAD)) / WORKLOAD.accumulation / COMPUTE_S
     return replace(
         cluster,
-        compute_efficiency=Range.exactly(flops_per_s / cluster.accelerator.peak_flops_per_s),
+        compute_efficiency=Range.over(flops_per_s / cluster.accelerator.peak_flops_per_s),
         update_bytes_per_s=None,
-        intra_node=Link(bandwidth_bytes_per_s=Range.exactly(1e30), latency_s=Range.exactly(0.0)),
-        inter_node=Link(bandwidth_bytes_per_s=Range.exactly(bytes_per_s), latency_s=Range.exactly(0.0)),
+        intra_node=Link(bandwidth_bytes_per_s=Range.over(1e30), latency_s=Range.over(0.0)),
+        inter_node=Link(bandwidth_bytes_per_s=Range.over(bytes_per_s), latency_s=Range.over(0.0)),
     )

@@ -41,13 +41,8 @@ class Range:
             raise ConfigError(f"a range's typical value must lie in it, got {self.typical!r} of {_span(self)}.")
 
     @classmethod
-    def exactly(cls, value: float) -> Range:
-        """The range of a known value."""
-        return cls(value, value)
-
-    @classmethod
     def over(cls, *values: float) -> Range:
-        """The range from the least to the greatest of `values`."""
+        """The range from the least to the greatest of `values`; of one, that value alone."""
         return cls(min(values), max(values))
 
     @property

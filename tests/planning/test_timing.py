@@ -31,11 +31,11 @@ GPT = ModelShape(
 WORKLOAD = Workload(model=GPT, seq_length=512, micro_batch=2, accumulation=4)
 CLUSTER = instance_cluster("p4d.24xlarge", nodes=4)
 SIZES = valid_partition_sizes(32, 8)
-FREE = Link(bandwidth_bytes_per_s=Range.exactly(1e30), latency_s=Range.exactly(0.0))
+FREE = Link(bandwidth_bytes_per_s=Range.over(1e30), latency_s=Range.over(0.0))
 
 
 def link(bytes_per_s: float, latency_s: float = 0.0) -> Link:
-    return Link(bandwidth_bytes_per_s=Range.exactly(bytes_per_s), latency_s=Range.exactly(latency_s))
+    return Link(bandwidth_bytes_per_s=Range.over(bytes_per_s), latency_s=Range.over(latency_s))
 
 
 def exact(**changes: object) -> Cluster:
@@ -43,9 +43,9 @@ def exact(**changes: object) -> Cluster:
     known = {
         "intra_node": FREE,
         "inter_node": FREE,
-        "compute_efficiency": Range.exactly(0.5),
+        "compute_efficiency": Range.over(0.5),
         "update_bytes_per_s": None,
-        "ring_lockstep": Range.exactly(0.0),
+        "ring_lockstep": Range.over(0.0),
     }
     return replace(CLUSTER, **(known | changes))
 
@@ -96,7 +96,7 @@ def test_hop_1_inside_a_node_alone_takes_its_bytes_over_the_slow_link():
     p, bandwidth = 8, 1e6
     root, layers = GPT.units[0].padded_numel(p), sum(unit.padded_numel(p) for unit in GPT.units[1:])
     volume = 4 * 2 * 7 / 8 * (2 * root + 3 * layers)
-    found = seconds(exact(intra_node=link(bandwidth), compute_efficiency=Range.exactly(1.0)), partition_size=p)
+    found = seconds(exact(intra_node=link(bandwidth), compute_efficiency=Range.over(1.0)), partition_size=p)
     assert found == pytest.approx(volume / bandwidth, rel=1e-3)
 
 
@@ -119,7 +119,7 @@ def test_latency_is_paid_per_step_of_each_algorithm():
     """m-1 between nodes, and inside k-1 hierarchically or p-m flat; 2 log2(r) for NCCL's all-reduce."""
     one_layer = replace(GPT, num_layers=1)
     workload = replace(WORKLOAD, model=one_layer, accumulation=1)
-    slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.exactly(1.0))
+    slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.over(1.0))
 
     def whole_seconds(**arguments: object) -> int:
         return round(predict(workload, slow, **arguments).step_s.low)
@@ -130,9 +130,9 @@ def test_latency_is_paid_per_step_of_each_algorithm():
     slow = replace(slow, inter_node=link(1e30, 100.0), intra_node=link(1e30, 10.0))
     assert whole_seconds(partition_size=32, hierarchical=False) == 5 * (3 * 100 + 28 * 10)
     # In lockstep every step takes as long as the slowest link's.
-    slow = replace(slow, ring_lockstep=Range.exactly(1.0))
+    slow = replace(slow, ring_lockstep=Range.over(1.0))
     assert whole_seconds(partition_size=32, hierarchical=False) == 5 * 31 * 100
-    slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.exactly(1.0))
+    slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.over(1.0))
     # Hop 2 alone, of the layer and then of the root, over 32 ranks.
     assert whole_seconds(partition_size=1) == 2 * 2 * 5 * 10
 
@@ -207,14 +207,14 @@ def test_zero2_gathers_parameters_once_a_step_and_scatters_gradients_in_every_mi
 
 
 def test_the_optimizer_reads_and_writes_28_bytes_for_each_of_a_shard_s_parameters():
-    cluster = exact(update_bytes_per_s=Range.exactly(1e9))
+    cluster = exact(update_bytes_per_s=Range.over(1e9))
     step = predict(WORKLOAD, cluster, partition_size=8)
     assert step.update_s.low == pytest.approx(28 * padded_bytes(8, 1) / 8 / 1e9)
     assert step.step_s.low == pytest.approx(step.compute_s.low + step.update_s.low)
 
 
 def test_each_of_the_model_s_tensors_costs_the_optimizer_its_time_besides():
-    cluster = exact(update_bytes_per_s=Range.exactly(1e30), update_s_per_tensor=Range.exactly(1e-3))
+    cluster = exact(update_bytes_per_s=Range.over(1e30), update_s_per_tensor=Range.over(1e-3))
     # GPT-2's layer has 12 tensors; the root two embeddings and the last norm's two.
     assert predict(WORKLOAD, cluster, partition_size=8).update_s.low == pytest.approx((6 * 12 + 4) * 1e-3)
 
@@ -223,7 +223,7 @@ def test_the_head_computes_at_its_own_efficiency_where_that_was_measured():
     head = 4 * 2 * 512 * 6.0 * 50257 * 1024
     model, recomputed = step_flops(WORKLOAD)
     expected = (model + recomputed - head) / (0.5 * 312e12) + head / (0.1 * 312e12)
-    assert seconds(exact(head_efficiency=Range.exactly(0.1)), partition_size=8) == pytest.approx(expected)
+    assert seconds(exact(head_efficiency=Range.over(0.1)), partition_size=8) == pytest.approx(expected)
 
 
 def test_over_gloo_the_engine_s_hop_2_alone_runs_beside_backward():
