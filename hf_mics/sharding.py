@@ -26,7 +26,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mics._hf_compat import keeps_cache_out_of_recomputation
-from hf_mics._torch_compat import class_before_sharding, plain
+from hf_mics._torch_compat import class_before_sharding, is_root, plain
 from hf_mics.admission import check_model
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import say_to_all
@@ -89,7 +89,7 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: a named layer class does not occur, or rank 0 itself has no weights.
     """
-    if isinstance(plain(model), FSDPModule) or isinstance(model, FSDPModule):
+    if is_root(model):
         keep_class_name(model)
         return model
     plugin = accelerator.state.fsdp_plugin

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from hf_mics._torch_compat import is_wrapped, plain
+from hf_mics._torch_compat import class_before_sharding, is_wrapped, plain
 from hf_mics.errors import ConfigError
 
 # A ModuleList that holds less of the model than this is not its stack of layers (a list of heads, a few convolutions).
@@ -76,8 +76,8 @@ def plan_units(
 
 def class_name(module: nn.Module) -> str:
     """The class that the user wrote, before FSDP2 put its own in front."""
-    kind = type(plain(module))
-    return kind.__mro__[2].__name__ if issubclass(kind, FSDPModule) and len(kind.__mro__) > 2 else kind.__name__
+    inner = plain(module)
+    return (class_before_sharding(inner) if isinstance(inner, FSDPModule) else type(inner)).__name__
 
 
 def _automatic(model: nn.Module) -> WrapPlan:
@@ -86,7 +86,7 @@ def _automatic(model: nn.Module) -> WrapPlan:
     stacked = [(name, module) for name, module in layers if not holds_input_embeddings(model, module)]
     stacks = _stacks(model)
     if stacked:
-        reason = f"_no_split_modules of {type(plain(model)).__name__}"
+        reason = f"_no_split_modules of {class_name(model)}"
         forgotten = [item for item in stacks if not any(_overlap(item[0], name) for name, _ in layers)]
         return WrapPlan(layers + forgotten, reason=reason + (" and the stacks it leaves out" if forgotten else ""))
     if stacks:
@@ -99,19 +99,21 @@ def _instances(model: nn.Module, class_names: Iterable[str], *, strict: bool) ->
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if module is not model and type(plain(module)).__name__ in wanted and not is_wrapped(name)
+        if module is not model and class_name(module) in wanted and not is_wrapped(name)
     ]
-    missing = wanted - {type(plain(module)).__name__ for _, module in found}
+    missing = wanted - {class_name(module) for _, module in found}
     if strict and missing:
-        classes = sorted(
-            {type(plain(m)).__name__ for _, m in model.named_modules() if any(True for _ in m.parameters())}
-        )
+        classes = sorted({class_name(module) for module in model.modules() if _has_parameters(module)})
         raise ConfigError(
             f"fsdp_transformer_layer_cls_to_wrap names {', '.join(sorted(missing))}, which this "
-            f"{type(plain(model)).__name__} does not contain. Leave it out to let hf_mics find the layers, or choose "
+            f"{class_name(model)} does not contain. Leave it out to let hf_mics find the layers, or choose "
             f"from: {', '.join(classes)}."
         )
-    return [(name, module) for name, module in found if any(True for _ in module.parameters())]
+    return [(name, module) for name, module in found if _has_parameters(module)]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _can_be_unit(name: str, module: nn.Module) -> bool:
@@ -152,25 +154,25 @@ def _stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         (_, repeats), *_ = Counter(type(plain(child)) for _, child in children).most_common(1)
         share = sum(p.numel() for p in module.parameters()) / max(total, 1)
         if repeats >= 2 and share >= _MIN_SHARE_OF_STACK:
-            chosen += [(name, child) for name, child in children if any(True for _ in child.parameters())]
+            chosen += [(name, child) for name, child in children if _has_parameters(child)]
     return chosen
 
 
 def _drop_shared(model: nn.Module, plan: WrapPlan) -> None:
     """Leaves to the root every chosen module that shares a parameter with a module outside it."""
-    owners: Counter[int] = Counter()
-    for _, module in model.named_modules():
-        owners.update(id(p) for p in module.parameters(recurse=False))
+    holders = _holders(model)
     kept = []
     for name, module in plan.layers:
-        inside: Counter[int] = Counter()
-        for child in module.modules():
-            inside.update(id(p) for p in child.parameters(recurse=False))
-        if all(owners[key] == count for key, count in inside.items()):
+        if all(holders[key] == count for key, count in _holders(module).items()):
             kept.append((name, module))
         else:
-            plan.skipped.append(f"{name} ({type(plain(module)).__name__}) shares weights with another module")
+            plan.skipped.append(f"{name} ({class_name(module)}) shares weights with another module")
     plan.layers = kept
+
+
+def _holders(module: nn.Module) -> Counter[int]:
+    """In how many modules of `module` each parameter stands, by its id."""
+    return Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
 
 
 def _add_embedding_and_head(model: nn.Module, plan: WrapPlan) -> None:
@@ -181,13 +183,11 @@ def _add_embedding_and_head(model: nn.Module, plan: WrapPlan) -> None:
     embedding whose config speaks of a tie that no shared parameter shows: its weight may be read outside of it
     (DeBERTa's newer head multiplies by it).
     """
-    covered = {id(p) for _, module in plan.layers for p in module.parameters()}
-    holders: Counter[int] = Counter()
-    for _, module in model.named_modules():
-        holders.update(id(p) for p in module.parameters(recurse=False))
-    names = {id(module): name for name, module in model.named_modules()}
     if not plan.layers:
         return
+    covered = {id(p) for _, module in plan.layers for p in module.parameters()}
+    holders = _holders(model)
+    names = {id(module): name for name, module in model.named_modules()}
     for getter, target in (("get_input_embeddings", plan.embeddings), ("get_output_embeddings", plan.heads)):
         found = _call_or_none(model, getter)
         expected = nn.Embedding if target is plan.embeddings else nn.Linear
