@@ -14,7 +14,7 @@ from hf_mics.errors import ConfigError
 from hf_mics.planning.cluster import Cluster, Range
 from hf_mics.planning.memory import MEMORY_KINDS, Memory, peak_memory
 from hf_mics.planning.step_traffic import PhaseTraffic, phase_traffic
-from hf_mics.planning.timing import StepTime, System, predict, predict_at, time_notes
+from hf_mics.planning.timing import PARTITIONED, StepTime, System, own_partition_size, predict, predict_at, time_notes
 from hf_mics.planning.workload import Workload
 from hf_mics.topology import MOST_RANKS, Topology, valid_partition_sizes
 
@@ -181,11 +181,9 @@ def make_plan(request: Request) -> Plan:
 
 def partition_sizes(system: System, cluster: Cluster) -> tuple[int, ...]:
     """The sizes that a system can take on a cluster."""
-    if system in ("zero3", "zero2"):
-        return (cluster.world_size,)
-    if system == "ddp":
-        return (1,)
-    return valid_partition_sizes(cluster.world_size, cluster.gpus_per_node)
+    if system in PARTITIONED:
+        return valid_partition_sizes(cluster.world_size, cluster.gpus_per_node)
+    return (own_partition_size(system, cluster.world_size, 0),)
 
 
 def assumptions(request: Request) -> list[str]:

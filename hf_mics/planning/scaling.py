@@ -13,14 +13,11 @@ from hf_mics.errors import ConfigError, MiCSError, TopologyError
 from hf_mics.planning.cluster import Cluster, Range
 from hf_mics.planning.memory import peak_memory
 from hf_mics.planning.plan import DEFAULT_RESERVE_BYTES
-from hf_mics.planning.timing import FSDP2, Implementation, StepTime, System, predict
+from hf_mics.planning.timing import FSDP2, PARTITIONED, Implementation, StepTime, System, own_partition_size, predict
 from hf_mics.planning.workload import Workload
 from hf_mics.topology import require_world_size, valid_partition_sizes
 
 Scaling = Literal["weak", "strong"]
-
-# Systems whose shards lie within a partition group; the others' sizes follow from the number of GPUs.
-PARTITIONED: tuple[System, ...] = ("mics", "hsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +137,7 @@ def _at_size(
         TopologyError: the partition size forms no groups.
     """
     world_size = cluster.world_size
-    p = {"ddp": 1}.get(system, partition_size if system in PARTITIONED else world_size)
+    p = own_partition_size(system, world_size, partition_size)
     if p > world_size:
         raise ConfigError(f"a partition group of {p} is more than all GPUs.")
     accumulation = _accumulation(workload, scaling, smallest, world_size)
@@ -160,11 +157,10 @@ def smallest_partition(workload: Workload, cluster: Cluster) -> int:
     Raises:
         ConfigError: there is none; says how much the largest lacks.
     """
-    for p in valid_partition_sizes(cluster.world_size, cluster.gpus_per_node):
-        if _missing_bytes(workload, cluster, "mics", p) <= 0:
-            return p
-    _require_memory(workload, cluster, "mics", cluster.world_size)
-    raise AssertionError("the largest partition group fits after all")
+    sizes = valid_partition_sizes(cluster.world_size, cluster.gpus_per_node)
+    p = next((p for p in sizes if _missing_bytes(workload, cluster, "mics", p) <= 0), sizes[-1])
+    _require_memory(workload, cluster, "mics", p)
+    return p
 
 
 def efficiency(points: Sequence[ScalePoint], point: ScalePoint) -> Range:

@@ -22,6 +22,8 @@ from hf_mics.planning.schedule import Segment, lane_seconds, micro_step_s
 from hf_mics.planning.workload import Unit, Workload
 
 System = Literal["mics", "zero3", "zero2", "hsdp", "ddp"]
+# Systems whose shards lie within a partition group; the others' sizes follow from the number of GPUs.
+PARTITIONED: tuple[System, ...] = ("mics", "hsdp")
 
 # Reads and writes of the optimizer step per parameter, in bytes, all of it in fp32: AdamW reads parameter, gradient and
 # two moments and writes all but the gradient.
@@ -140,6 +142,11 @@ def predict_at(
     return _step(layout, rates, implementation)
 
 
+def own_partition_size(system: System, world_size: int, partition_size: int) -> int:
+    """`partition_size` for the systems that can choose one, else the system's own."""
+    return partition_size if system in PARTITIONED else 1 if system == "ddp" else world_size
+
+
 def step_flops(workload: Workload) -> tuple[float, float]:
     """Floating-point operations of one GPU's optimizer step: (what the mathematics needs, recomputation on top).
 
@@ -185,8 +192,7 @@ def _layout(
 ) -> _Layout:
     if system not in get_args(System):
         raise ConfigError(f"system must be one of {', '.join(get_args(System))}, got {system!r}.")
-    world = cluster.world_size
-    p = {"zero3": world, "zero2": world, "ddp": 1}.get(system, partition_size)
+    p = own_partition_size(system, cluster.world_size, partition_size)
     topology = cluster.topology(p)
     # DDP under autocast keeps fp32 parameters, whose gradients are what travels.
     reduce_width = 4 if system == "ddp" else workload.compute_bytes
