@@ -1,4 +1,4 @@
-"""The one file that touches private names of accelerate, checked on accelerate 1.15.0 with transformers 5.23.0.
+"""Where are private names of accelerate touched? Here alone, checked on accelerate 1.15.0 with transformers 5.23.0.
 
 Accelerate shards a model in `Accelerator._prepare_fsdp2`, through functions of its own module, and turns FSDP on only
 for GPUs. Three things are replaced here, each as narrowly as it can be: those functions while one `prepare` runs, the
@@ -13,9 +13,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
@@ -37,43 +38,57 @@ Prepare = Callable[[Any, nn.Module], nn.Module]
 
 
 @contextlib.contextmanager
-def replaced_preparation(shard: Prepare, checkpoint_activations: Prepare) -> Iterator[None]:
+def replaced(*places: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, `owner.name` is `value`, for each (owner, name, value)."""
+    former = [getattr(owner, name) for owner, name, _ in places]
+    for owner, name, value in places:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), original in zip(places, former, strict=True):
+            setattr(owner, name, original)
+
+
+def wrap_once(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """From now on `owner.name` is `make(original)`; a second call changes nothing."""
+    original = getattr(owner, name)
+    if not hasattr(original, _WRAPPED):
+        wrapped = functools.wraps(original)(make(original))
+        setattr(wrapped, _WRAPPED, True)
+        setattr(owner, name, wrapped)
+
+
+_WRAPPED = "_hf_mics_wrapped"
+
+
+def replaced_preparation(shard: Prepare, checkpoint_activations: Prepare) -> AbstractContextManager[None]:
     """Inside, `Accelerator._prepare_fsdp2` shards models with `shard` and checkpoints with `checkpoint_activations`.
 
     Both are called as accelerate calls its own: `(accelerator, model) -> model`. What stays accelerate's is the order
     (checkpointing, compilation, sharding) and the switch of the optimizer to the sharded parameters.
     """
-    former = accelerator_module.fsdp2_prepare_model, accelerator_module.fsdp2_apply_ac
-    accelerator_module.fsdp2_prepare_model = shard
-    accelerator_module.fsdp2_apply_ac = checkpoint_activations
-    try:
-        yield
-    finally:
-        accelerator_module.fsdp2_prepare_model, accelerator_module.fsdp2_apply_ac = former
+    return replaced(
+        (accelerator_module, "fsdp2_prepare_model", shard),
+        (accelerator_module, "fsdp2_apply_ac", checkpoint_activations),
+    )
 
 
-@contextlib.contextmanager
 def replaced_storage(
     *, writer: Callable[..., Any], planner: Callable[..., Any], reader: Callable[..., Any]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, accelerate's FSDP checkpoint functions use these in place of torch.distributed.checkpoint's.
 
     Those functions look `FileSystemWriter`, `DefaultSavePlanner` and `FileSystemReader` up there on every call.
     """
-    places = [(dcp, "FileSystemWriter", writer), (default_planner, "DefaultSavePlanner", planner)]
-    places.append((dcp, "FileSystemReader", reader))
-    former = [getattr(module, name) for module, name, _ in places]
-    for module, name, replacement in places:
-        setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        for (module, name, _), original in zip(places, former, strict=True):
-            setattr(module, name, original)
+    return replaced(
+        (dcp, "FileSystemWriter", writer),
+        (default_planner, "DefaultSavePlanner", planner),
+        (dcp, "FileSystemReader", reader),
+    )
 
 
-@contextlib.contextmanager
-def loading_each_module_once() -> Iterator[None]:
+def loading_each_module_once() -> AbstractContextManager[None]:
     """Inside, accelerate loads a model's full state by the first name of every module.
 
     torch 2.13 does not find the others: those of T5's shared embeddings, of the buffers that VeRA's layers share, of
@@ -90,11 +105,7 @@ def loading_each_module_once() -> Iterator[None]:
             sd_options = replace(sd_options, strict=False)
         return former(model, state, adapter_only=adapter_only, sd_options=sd_options)
 
-    fsdp_utils._set_model_state_dict = set_state
-    try:
-        yield
-    finally:
-        fsdp_utils._set_model_state_dict = former
+    return replaced((fsdp_utils, "_set_model_state_dict", set_state))
 
 
 CHECKPOINT_FUNCTIONS = ("save_fsdp_model", "save_fsdp_optimizer", "load_fsdp_model", "load_fsdp_optimizer")
@@ -107,21 +118,15 @@ def run_checkpoint_functions_inside(around: Callable[..., Any], module: ModuleTy
     """
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
         def wrapped(plugin: Any, accelerator: Any, *rest: Any, **options: Any) -> Any:
             if not getattr(accelerator, "knows_mics", False):
                 return original(plugin, accelerator, *rest, **options)
             return around(original, plugin, accelerator, *rest, **options)
 
-        wrapped.__dict__[_WRAPPED] = True
         return wrapped
 
     for name in CHECKPOINT_FUNCTIONS:
-        if not hasattr(getattr(module, name), _WRAPPED):
-            setattr(module, name, wrap(getattr(module, name)))
-
-
-_WRAPPED = "_hf_mics_wrapped"
+        wrap_once(module, name, wrap)
 
 
 def prepare_beside_sharded(accelerator: Accelerator, model: nn.Module, *args: Any) -> tuple[Any, ...]:
@@ -163,6 +168,20 @@ def known_for_evaluation(accelerator: Accelerator, model: nn.Module) -> Iterator
         vars(model).update(former)
 
 
+class Prepared(NamedTuple):
+    """What an Accelerator has prepared, each kind in the order of `prepare`."""
+
+    models: list[nn.Module]
+    optimizers: list[Any]
+    schedulers: list[Any]
+    loaders: list[Any]
+
+
+def prepared(accelerator: Any) -> Prepared:
+    """The lists of `accelerator`, which grow when it prepares more."""
+    return Prepared(accelerator._models, accelerator._optimizers, accelerator._schedulers, accelerator._dataloaders)
+
+
 def give_parameters(optimizer: torch.optim.Optimizer, of_groups: Iterable[list[nn.Parameter]]) -> None:
     """Makes `optimizer` train other parameters, given by group, and forget the state of those that it has no more.
 
@@ -201,7 +220,8 @@ def join_launched_job(cpu: bool = True, **init_kwargs: Any) -> None:
 
     `PartialState()` without `cpu=True`, which TrainingArguments calls, does so on a machine without accelerators.
     """
-    if PartialState._shared_state.get("distributed_type") == DistributedType.NO and _launched_ranks() > 1:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and PartialState._shared_state.get("distributed_type") == DistributedType.NO:
         PartialState._reset_state()
         PartialState(cpu, **init_kwargs)
 
@@ -232,8 +252,9 @@ def unchanged_fsdp_switch() -> Iterator[None]:
             os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
-def _launched_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def is_switched_on(variable: str) -> bool:
+    """Whether the launcher has set this ACCELERATE_USE_... to true."""
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def accelerate_is_initialized() -> bool:

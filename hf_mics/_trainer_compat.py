@@ -1,4 +1,4 @@
-"""The one file that reaches into transformers' Trainer, checked on transformers 5.23.0.
+"""How does a stock Trainer come by another Accelerator than accelerate's? Checked on transformers 5.23.0.
 
 A Trainer makes its Accelerator at the start of its constructor, from the name `Accelerator` in its module, before any
 callback hears of it. So the constructor is wrapped, once per process; around Trainers that nobody asks for, the wrapper
@@ -7,43 +7,39 @@ does nothing.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import transformers
 from transformers import Trainer, TrainerCallback
 from transformers import trainer as trainer_module
 
+from hf_mics._hf_compat import replaced, wrap_once
 from hf_mics.errors import MiCSError
 
 Around = Callable[[Trainer, Mapping[str, Any]], AbstractContextManager[None]]
 
-_MARK = "_hf_mics_around"
-
 
 def run_constructors_inside(around: Around) -> None:
     """From now on every Trainer is constructed inside `around(trainer, arguments)`, arguments by name."""
-    original = Trainer.__init__
-    if hasattr(original, _MARK):
-        return
     if not hasattr(trainer_module, "Accelerator"):
         raise MiCSError(
             f"transformers {transformers.__version__} has no transformers.trainer.Accelerator, which MiCSCallback "
             "replaces. hf_mics was checked on transformers 5.23.0; install that, or launch with `-m hf_mics`."
         )
-    signature = inspect.signature(original)
 
-    @functools.wraps(original)
-    def construct(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        with around(self, signature.bind_partial(self, *args, **kwargs).arguments):
-            original(self, *args, **kwargs)
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(original)
 
-    setattr(construct, _MARK, True)
-    cast(Any, Trainer).__init__ = construct
+        def construct(self: Trainer, *args: Any, **kwargs: Any) -> None:
+            with around(self, signature.bind_partial(self, *args, **kwargs).arguments):
+                original(self, *args, **kwargs)
+
+        return construct
+
+    wrap_once(Trainer, "__init__", wrap)
 
 
 def accelerator_class() -> Any:
@@ -51,15 +47,9 @@ def accelerator_class() -> Any:
     return trainer_module.Accelerator
 
 
-@contextlib.contextmanager
-def replaced_accelerator(make: Callable[..., Any]) -> Iterator[None]:
+def replaced_accelerator(make: Callable[..., Any]) -> AbstractContextManager[None]:
     """Inside, Trainers make their accelerator with `make(**kwargs)`."""
-    former = trainer_module.Accelerator
-    cast(Any, trainer_module).Accelerator = make
-    try:
-        yield
-    finally:
-        cast(Any, trainer_module).Accelerator = former
+    return replaced((trainer_module, "Accelerator", make))
 
 
 def report_first(trainer: Trainer, callback: TrainerCallback) -> None:

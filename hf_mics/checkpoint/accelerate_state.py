@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_mics.checkpoint.check import newest
+from hf_mics._hf_compat import prepared
 from hf_mics.checkpoint.contents import loader_batch_sizes, write_descriptions
 from hf_mics.checkpoint.folder import rotate
 from hf_mics.checkpoint.mark import Mark
-from hf_mics.checkpoint.resuming import check_checkpoint, continue_random_state
+from hf_mics.checkpoint.resuming import check_checkpoint, continue_random_state, newest_for_all
 from hf_mics.checkpoint.saving import is_main, save_checkpoint
 from hf_mics.checkpoint.together import main_decides
 from hf_mics.errors import ConfigError
@@ -46,16 +45,18 @@ def save_state(
     else:
         target = Path(output_dir).expanduser()
 
+    models, optimizers, *_ = prepared(accelerator)
+
     def write(folder: Path) -> None:
         project.automatic_checkpoint_naming = False
         try:
             stock_save(str(folder))
         finally:
             project.automatic_checkpoint_naming = automatic
-        if is_main() and accelerator._models:
-            write_descriptions(folder, accelerator._models[0], companions)
+        if is_main() and models:
+            write_descriptions(folder, models[0], companions)
 
-    save_checkpoint(accelerator, target, write, models=accelerator._models, optimizers=accelerator._optimizers)
+    save_checkpoint(accelerator, target, write, models=models, optimizers=optimizers)
     if automatic and is_main():
         rotate(target.parent, PREFIX, project.total_limit)
     return target
@@ -70,11 +71,14 @@ def load_state(accelerator: Any, stock_load: Callable[[str], None], input_dir: s
     Returns:
         The folder it was.
     """
-    automatic = input_dir is None and accelerator.project_configuration.automatic_checkpoint_naming
-    if input_dir is None and not automatic:
+    if input_dir is not None:
+        folder = Path(input_dir).expanduser()
+    elif accelerator.project_configuration.automatic_checkpoint_naming:
+        folder = newest_for_all(Path(accelerator.project_dir, "checkpoints"), PREFIX)
+    else:
         raise ConfigError("load_state needs input_dir, or ProjectConfiguration(automatic_checkpoint_naming=True).")
-    folder = _newest(Path(accelerator.project_dir, "checkpoints")) if automatic else Path(str(input_dir)).expanduser()
-    mark = check_checkpoint(accelerator, folder, accelerator._models, accelerator._optimizers)
+    models, optimizers, *_ = prepared(accelerator)
+    mark = check_checkpoint(accelerator, folder, models, optimizers)
     stock_load(str(folder))
     # Gradients of an unfinished window are not in a checkpoint; and a rank that has no file would count from elsewhere,
     # so that ranks would end their windows, and enter hop 2, at different micro-steps.
@@ -83,16 +87,9 @@ def load_state(accelerator: Any, stock_load: Callable[[str], None], input_dir: s
     continue_random_state(folder / f"random_states_{rank}.pkl", folder / "random_states_0.pkl", rank)
     if mark:
         convert_schedules(accelerator, mark)
-    if automatic:
+    if input_dir is None:
         accelerator.project_configuration.iteration = int(folder.name.removeprefix(PREFIX)) + 1
     return folder
-
-
-def _newest(parent: Path) -> Path:
-    path, skipped = main_decides(lambda: newest(parent, PREFIX))
-    if skipped and is_main():
-        print(f"MiCS: {path} is the newest complete checkpoint\n{skipped}", file=sys.stderr, flush=True)
-    return path
 
 
 def convert_schedules(accelerator: Any, mark: Mark) -> None:
@@ -102,10 +99,10 @@ def convert_schedules(accelerator: Any, mark: Mark) -> None:
     process: the same rows are fewer batches if batches grow.
     """
     before = next((size for size in mark.batch_sizes if size), None)
-    now = next((size for size in loader_batch_sizes(accelerator._dataloaders) if size), None)
+    now = next((size for size in loader_batch_sizes(accelerator) if size), None)
     if mark.world_size == accelerator.num_processes or not before or not now or before == now:
         return
-    for wrapped in accelerator._schedulers:
+    for wrapped in prepared(accelerator).schedulers:
         scheduler = getattr(wrapped, "scheduler", wrapped)
         if not getattr(wrapped, "step_with_optimizer", False) or getattr(wrapped, "split_batches", False):
             continue

@@ -13,6 +13,7 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from hf_mics._hf_compat import prepared
 from hf_mics.checkpoint.mark import ModelNote, OptimizerNote
 from hf_mics.checkpoint.storage import read_description
 from hf_mics.errors import CheckpointError
@@ -188,6 +189,7 @@ def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
     return {_canonical(name): param for name, param in model.named_parameters() if id(param) in trained}
 
 
-def loader_batch_sizes(loaders: list[Any]) -> list[int | None]:
-    """Rows per process and micro-step of prepared loaders, None for one that has no such number."""
-    return [getattr(getattr(loader, "batch_sampler", None), "batch_size", None) for loader in loaders]
+def loader_batch_sizes(accelerator: Any) -> list[int | None]:
+    """Rows per process and micro-step of the prepared loaders, None for one that has no such number."""
+    samplers = (getattr(loader, "batch_sampler", None) for loader in prepared(accelerator).loaders)
+    return [getattr(sampler, "batch_size", None) for sampler in samplers]

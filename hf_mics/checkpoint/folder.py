@@ -114,7 +114,7 @@ class Found:
         return "\n".join(f"  skipped {path}: {reason}" for path, reason in self.skipped.items())
 
 
-def find_checkpoints(parent: str | Path, prefix: str) -> Found:
+def find_checkpoints(parent: Path, prefix: str) -> Found:
     """The checkpoints `PREFIX<number>` in `parent`: complete ones, the newest last, and the others.
 
     Args:
@@ -123,9 +123,9 @@ def find_checkpoints(parent: str | Path, prefix: str) -> Found:
     found = Found()
     pattern = re.compile(rf"\.?{re.escape(prefix)}(\d+)(\.saving|\.former)?")
     order: dict[Path, tuple[float, int]] = {}
-    for path in Path(parent).glob(f".{prefix}*.former"):
+    for path in parent.glob(f".{prefix}*.former"):
         restore_interrupted(path.parent / path.name.removeprefix(".").removesuffix(".former"))
-    for path in sorted(Path(parent).glob("*") if Path(parent).is_dir() else ()):
+    for path in sorted(parent.glob("*")):
         match = pattern.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue

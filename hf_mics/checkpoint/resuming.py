@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from hf_mics._hf_compat import loading_each_module_once
-from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer
+from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer, newest
 from hf_mics.checkpoint.contents import optimizer_class, present_shapes, state_format, trained_parameters
 from hf_mics.checkpoint.mark import Mark, read_mark
 from hf_mics.checkpoint.prompts import learns_a_prompt
@@ -22,11 +22,16 @@ from hf_mics.checkpoint.together import main_decides, together
 from hf_mics.wrapping import class_name
 
 
-def _say_what_moves(mark: Mark | None, *, world_size: int, partition_size: int) -> str:
-    """One line about a checkpoint that comes from another layout; empty if it is the same."""
-    if mark is None or (mark.world_size, mark.partition_size) == (world_size, partition_size):
-        return ""
-    return f" (saved on {mark.layout} ranks, going on with {world_size // partition_size}x{partition_size})"
+def newest_for_all(parent: Path, prefix: str) -> Path:
+    """The newest complete checkpoint `PREFIX<number>` in `parent`, on every rank; rank 0 says what it skipped.
+
+    Raises:
+        CheckpointError: there is none; on every rank alike.
+    """
+    path, skipped = main_decides(lambda: newest(parent, prefix))
+    if skipped and is_main():
+        print(f"MiCS: {path} is the newest complete checkpoint\n{skipped}", file=sys.stderr, flush=True)
+    return path
 
 
 def check_checkpoint(
@@ -53,19 +58,13 @@ def check_checkpoint(
 
     mark = main_decides(check)
     if is_main():
-        topology = accelerator.topology
-        moved = _say_what_moves(mark, world_size=topology.world_size, partition_size=topology.partition_size)
-        unmarked = "" if mark else " (without a completion mark, as plain accelerate saves it)"
-        print(f"MiCS: resuming from {folder}{moved}{unmarked}", file=sys.stderr, flush=True)
+        here, note = f"{accelerator.topology.replication_size}x{accelerator.topology.partition_size}", ""
+        if mark is None:
+            note = " (without a completion mark, as plain accelerate saves it)"
+        elif mark.layout != here:
+            note = f" (saved on {mark.layout} ranks, going on with {here})"
+        print(f"MiCS: resuming from {folder}{note}", file=sys.stderr, flush=True)
     return mark
-
-
-@contextlib.contextmanager
-def in_format_of(plugin: Any, folder: Path, index: int = 0) -> Iterator[None]:
-    """Inside, accelerate's FSDP plugin is set to the format in which `folder` holds model `index`."""
-    wanted = state_format(folder, index) or format_of(plugin)
-    with in_format(plugin, wanted):
-        yield
 
 
 @contextlib.contextmanager
@@ -96,18 +95,17 @@ def around_checkpoint_function(
     if is_model and learns_a_prompt(model):
         # PEFT would store the prompt without the encoder that is trained.
         options["adapter_only"] = False
-    doing = "could not load" if is_load else "could not save"
-    partial: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if folder and not is_model:
-        index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)
-        partial = _without_stateless(main_decides(lambda: _stateless(folder, index)), model, rest[0])
-    settings = _kept_settings(rest[0]) if folder and not is_model else contextlib.nullcontext()
-    reading = in_format_of(plugin, folder) if folder else contextlib.nullcontext()
-    with storage_for(accelerator, model), reading, partial, settings, loading_each_module_once():
-        return together(
-            f"{doing} {'model' if is_model else 'optimizer'} state",
-            lambda: original(plugin, accelerator, *rest, **options),
-        )
+    what = f"could not {'load' if is_load else 'save'} {'model' if is_model else 'optimizer'} state"
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(storage_for(accelerator, model))
+        settings.enter_context(loading_each_module_once())
+        if folder:
+            settings.enter_context(in_format(plugin, state_format(folder) or format_of(plugin)))
+        if folder and not is_model:
+            index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)
+            settings.enter_context(_without_stateless(main_decides(lambda: _stateless(folder, index)), model, rest[0]))
+            settings.enter_context(_kept_settings(rest[0]))
+        return together(what, lambda: original(plugin, accelerator, *rest, **options))
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def _make_mark(
         partition_size=topology.partition_size,
         models=[model_note(model) for model in models],
         optimizers=[optimizer_note(*pair) for pair in zip(models, optimizers, strict=False)],
-        batch_sizes=loader_batch_sizes(accelerator._dataloaders),
+        batch_sizes=loader_batch_sizes(accelerator),
         files=files,
         versions={name: version(name) for name in ("torch", "accelerate", "transformers")},
         saved_at_s=time.time(),

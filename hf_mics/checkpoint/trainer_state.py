@@ -20,8 +20,8 @@ from transformers import trainer as trainer_module
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hf_mics._hf_compat import CHECKPOINT_FUNCTIONS, run_checkpoint_functions_inside
-from hf_mics.checkpoint.check import check_folder, newest
+from hf_mics._hf_compat import CHECKPOINT_FUNCTIONS, run_checkpoint_functions_inside, wrap_once
+from hf_mics.checkpoint.check import check_folder
 from hf_mics.checkpoint.contents import write_descriptions
 from hf_mics.checkpoint.folder import rotate
 from hf_mics.checkpoint.prompts import computed_prompts, learns_a_prompt
@@ -30,6 +30,7 @@ from hf_mics.checkpoint.resuming import (
     check_checkpoint,
     continue_random_state,
     in_format,
+    newest_for_all,
 )
 from hf_mics.checkpoint.saving import format_of, is_main, save_checkpoint
 from hf_mics.checkpoint.stop import StopRequest
@@ -66,37 +67,25 @@ def make_trainers_safe() -> None:
             "checkpoints safe. hf_mics was checked on transformers 5.23.0; install that."
         )
     for name, function in around.items():
-        _wrap(name, function)
+        wrap_once(Trainer, name, functools.partial(_around, function))
     run_checkpoint_functions_inside(around_checkpoint_function, trainer_module)
 
 
-_WRAPPED = "_hf_mics_wrapped"
-
-
-def _wrap(name: str, around: Method) -> None:
-    original = getattr(Trainer, name)
-    if hasattr(original, _WRAPPED):
-        return
-
-    @functools.wraps(original)
+def _around(around: Method, original: Method) -> Method:
     def method(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         stock = functools.partial(original, self)
         if not (getattr(self.accelerator, "knows_mics", False) and self.is_fsdp_enabled):
             return stock(*args, **kwargs)
         return around(stock, self, *args, **kwargs)
 
-    setattr(method, _WRAPPED, True)
-    setattr(Trainer, name, method)
+    return method
 
 
 def _train(
     stock: Method, trainer: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
 ) -> Any:
     if resume_from_checkpoint is True:
-        path, skipped = main_decides(lambda: newest(Path(trainer.args.output_dir), PREFIX))
-        resume_from_checkpoint = str(path)
-        if skipped and is_main():
-            print(f"MiCS: {path} is the newest complete checkpoint\n{skipped}", file=sys.stderr, flush=True)
+        resume_from_checkpoint = str(newest_for_all(Path(trainer.args.output_dir), PREFIX))
     elif resume_from_checkpoint:
         folder = Path(resume_from_checkpoint)
         main_decides(lambda: _check_is_a_trainers(folder))

@@ -308,6 +308,8 @@ def test_prepared_schedule_keeps_its_place_in_the_data(world: int, batch: int, e
     scheduler.last_epoch = 12
     accelerator = SimpleNamespace(
         num_processes=world,
+        _models=[],
+        _optimizers=[optimizer],
         _dataloaders=[SimpleNamespace(batch_sampler=SimpleNamespace(batch_size=batch))],
         _schedulers=[SimpleNamespace(scheduler=scheduler, step_with_optimizer=True, split_batches=False)],
     )
