@@ -39,15 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
         _put_mics_in_place(options)
     except ConfigError as error:
         parser.error(str(error))
+    sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.realpath(target[0]))
     if as_module:
         _check_module_exists(parser, target[0])
     sys.argv = target
     _start_tracebacks_in_script()
     if as_module:
-        sys.path[0] = os.getcwd()
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.realpath(target[0]))
         runpy.run_path(target[0], run_name="__main__")
 
 
@@ -67,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_module_exists(parser: argparse.ArgumentParser, module: str) -> None:
-    sys.path[0] = os.getcwd()
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -79,11 +77,11 @@ def _check_module_exists(parser: argparse.ArgumentParser, module: str) -> None:
 def _put_mics_in_place(options: argparse.Namespace) -> None:
     import torch
 
-    from hf_mics._hf_compat import replace_accelerator
+    from hf_mics._hf_compat import is_switched_on, replace_accelerator
     from hf_mics.accelerator import MiCSAccelerator
     from hf_mics.plugin import keep_runner_flags
 
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not is_switched_on("ACCELERATE_USE_FSDP"):
         # The runner is a promise that MiCS will be in force, and the flags alone are a full configuration.
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ.setdefault("FSDP_VERSION", "2")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import inspect
-import os
 import socket
 import sys
 import time
@@ -19,7 +19,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from accelerate import accelerator as accelerator_module
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch.distributed.tensor import DTensor
 
 from hf_mics._hf_compat import (
@@ -27,7 +27,9 @@ from hf_mics._hf_compat import (
     accelerate_is_initialized,
     active_fsdp_plugin,
     give_parameters,
+    is_switched_on,
     prepare_beside_sharded,
+    prepared,
     replaced_preparation,
     run_checkpoint_functions_inside,
     start_process_state,
@@ -182,7 +184,7 @@ class MiCSAccelerator(StockAccelerator):
         """
         stock_load = super().load_state
         load_state(self, lambda folder: stock_load(folder, *args, **kwargs), input_dir)
-        for model in filter(is_under_mics, self._models):
+        for model in filter(is_under_mics, prepared(self).models):
             mics_engine(model).schedule.drop_window()
 
     def should_stop(self) -> bool:
@@ -299,7 +301,7 @@ def _parameters(items: Sequence[Any]) -> list[torch.nn.Parameter]:
 def _choose_plugin(mics_plugin: MiCSPlugin | None, fsdp_plugin: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
     if mics_plugin is not None and fsdp_plugin is not None:
         raise ConfigError("both mics_plugin and fsdp_plugin were given; a MiCSPlugin is both, so pass one of them.")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if is_switched_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "the accelerate config enables DeepSpeed, which brings its own sharding. MiCS needs `distributed_type: "
             "FSDP` with `fsdp_version: 2`; see recipes/configs."
@@ -307,7 +309,7 @@ def _choose_plugin(mics_plugin: MiCSPlugin | None, fsdp_plugin: FullyShardedData
     plugin = mics_plugin or fsdp_plugin
     if accelerate_is_initialized():
         return _active_plugin(with_runner_flags(plugin) if isinstance(plugin, MiCSPlugin) else plugin)
-    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if plugin is None and not is_switched_on("ACCELERATE_USE_FSDP"):
         raise ConfigError(
             "no FSDP in the accelerate config: MiCS needs `distributed_type: FSDP` with `fsdp_version: 2`, got "
             "neither that nor a MiCSPlugin. Launch with `accelerate launch --config_file "
@@ -335,10 +337,7 @@ def _active_plugin(wanted: FullyShardedDataParallelPlugin | None) -> MiCSPlugin:
 
 
 def _init_process_group_kwargs(handlers: list[Any] | None) -> dict[str, Any]:
-    for handler in handlers or ():
-        if type(handler).__name__ == "InitProcessGroupKwargs":
-            return handler.to_kwargs()
-    return {}
+    return next((h.to_kwargs() for h in handlers or () if isinstance(h, InitProcessGroupKwargs)), {})
 
 
 def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
@@ -358,14 +357,10 @@ def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
     return [host for _, (host, _) in everyone], sizes.pop()
 
 
+@functools.cache  # once
 def _leave_job_at_exit() -> None:
     """Destroys the process group when a script ends without `end_training`: else some launches abort (signal 6)."""
-    if not _LEAVING:
-        _LEAVING.append(True)
-        atexit.register(_leave_job)
-
-
-_LEAVING: list[bool] = []
+    atexit.register(_leave_job)
 
 
 def _leave_job() -> None:

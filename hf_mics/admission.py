@@ -7,6 +7,7 @@ word, or fail in words of torch's that name no way out.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -131,12 +132,15 @@ def remember_replaced(models: Sequence[nn.Module]) -> Iterator[None]:
     yield
     kept = {id(param) for model in models for param in model.parameters()}
     _REPLACED.update({key: param for key, param in before.items() if key not in kept})
-    if not _WATCH:
-        _WATCH.append(register_optimizer_step_pre_hook(_refuse_replaced))
+    _watch_optimizers()
 
 
 _REPLACED: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
-_WATCH: list[Any] = []
+
+
+@functools.cache  # once
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_replaced)
 
 
 def _refuse_replaced(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -8,7 +8,6 @@ the Trainer's log, a stop at the first loss that is not finite, and the way back
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from weakref import ReferenceType, ref
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_mics._hf_compat import join_launched_job, leave_mics_state, unchanged_fsdp_switch
+from hf_mics._hf_compat import is_switched_on, join_launched_job, leave_mics_state, unchanged_fsdp_switch
 from hf_mics._trainer_compat import accelerator_class, replaced_accelerator, report_first, run_constructors_inside
 from hf_mics.accelerator import MiCSAccelerator
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, remove_mics
@@ -49,7 +48,7 @@ class MiCSCallback(TrainerCallback):
     """
 
     def __init__(self, mics_plugin: MiCSPlugin | None = None) -> None:
-        _refuse_deepspeed(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true")
+        _refuse_deepspeed(is_switched_on("ACCELERATE_USE_DEEPSPEED"))
         self._plugin = mics_plugin
         self._trainer: ReferenceType[Trainer] | None = None
         # Whether MiCS comes and goes with this callback, rather than with the runner.

@@ -139,10 +139,7 @@ def apply_mics(
             the job runs on several hosts and nobody says how many ranks each has.
         TopologyError: the mesh and the node size form no valid groups.
     """
-    if gradient_wire_dtype not in get_args(WireDtype):
-        raise ConfigError(
-            f"gradient_wire_dtype must be one of {', '.join(get_args(WireDtype))}, got {gradient_wire_dtype!r}."
-        )
+    check_wire_dtype(gradient_wire_dtype)
     if _ENGINE in model.__dict__:
         raise ConfigError(
             "this model is already under MiCS: apply_mics (or the plugin, callback or runner) was called on it "
@@ -245,6 +242,12 @@ def say_node_size(node_size: int | None, settings: T) -> list[tuple[int, T]]:
             "torchrun, which set it, export it in the srun or mpirun command, or pass node_size."
         )
     return [(size, theirs) for _, size, theirs in said]
+
+
+def check_wire_dtype(name: str) -> None:
+    """Raises ConfigError unless `name` is one of `WireDtype`."""
+    if name not in get_args(WireDtype):
+        raise ConfigError(f"gradient_wire_dtype must be one of {', '.join(get_args(WireDtype))}, got {name!r}.")
 
 
 def _agree(node_size: int | None, hierarchical: bool, wire: str) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from hf_mics._hf_compat import called_from_stock_init
-from hf_mics.engine import WireDtype
+from hf_mics._hf_compat import called_from_stock_init, is_switched_on
+from hf_mics.engine import WireDtype, check_wire_dtype
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.topology import Topology
 
@@ -48,11 +48,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer or None, got {value!r}.")
-        if self.gradient_wire_dtype not in get_args(WireDtype):
-            raise ConfigError(
-                f"gradient_wire_dtype must be one of {', '.join(get_args(WireDtype))}, "
-                f"got {self.gradient_wire_dtype!r}."
-            )
+        check_wire_dtype(self.gradient_wire_dtype)
 
     def _check_version(self) -> None:
         version: int | None = self.__dict__.get("fsdp_version")
@@ -175,7 +171,7 @@ def requested_sizes(config: ParallelismConfig | None) -> RequestedSizes:
     Raises:
         ConfigError: tensor, context or sequence parallelism is asked for.
     """
-    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+    if config is None and is_switched_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         config = ParallelismConfig()
     if config is None:
         return RequestedSizes(shard=None, replicate=None)
@@ -209,8 +205,7 @@ def resolve_topology(plugin: MiCSPlugin, sizes: RequestedSizes, *, world_size: i
             raise ConfigError(
                 "dp_shard_size x dp_replicate_size must equal num_processes: got "
                 f"{sizes.shard} x {replicate} = {sizes.shard * replicate}, expected {world_size}. In the accelerate "
-                f"config set {fitting}, or num_processes to "
-                f"{sizes.shard * replicate}."
+                f"config set {fitting}, or num_processes to {sizes.shard * replicate}."
             )
         partition_size, source = sizes.shard, "dp_shard_size of the config"
     else:
