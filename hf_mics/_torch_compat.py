@@ -1,4 +1,4 @@
-"""The one file that touches private names of torch, checked on torch 2.13.0.
+"""Where does the engine touch private names of torch? Here alone, checked on torch 2.13.0.
 
 FSDP2's public seams (`set_custom_all_gather`, `set_custom_reduce_scatter`, `set_requires_all_reduce`) say how to
 communicate, but not what a unit holds between micro-steps. `Unit` names the few facts that the two-hop schedule needs.
@@ -471,13 +471,8 @@ def coalesced(group: dist.ProcessGroup) -> AbstractContextManager[Any]:
     return dist.distributed_c10d._coalescing_manager(group=group)
 
 
-def premul_sum(factor: float) -> Any:
-    """The reduction that multiplies by `factor`, then adds; what FSDP2 uses under `set_gradient_divide_factor`."""
-    return dist._make_nccl_premul_sum(factor)
-
-
 def premul_factor(op: Any) -> float | None:
-    """The factor of a PREMUL_SUM reduction, None for every other operation."""
+    """The factor of a PREMUL_SUM, FSDP2's reduction under `set_gradient_divide_factor`; None for other operations."""
     if isinstance(op, dist.ReduceOp) and op == dist.ReduceOp.PREMUL_SUM:
         _, factor = cast(tuple[Any, float], op.__getstate__())
         return factor

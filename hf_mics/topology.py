@@ -1,4 +1,4 @@
-"""Which ranks talk to which: partition groups, replication groups and their subgroups, as pure arithmetic.
+"""Which ranks talk to which? Partition groups, replication groups and their subgroups, as pure arithmetic.
 
 Vocabulary, used everywhere in the project (MiCS, arXiv 2205.00119, section 3):
 

@@ -15,7 +15,6 @@ from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_mics import MiCSAccelerator, MiCSPlugin, mics_engine
-from hf_mics._torch_compat import premul_sum
 from hf_mics.collectives import MiCSAllGather, MiCSReduceScatter
 from hf_mics.meter import TrafficMeter
 from hf_mics.process_groups import hop_groups
@@ -56,7 +55,7 @@ def compare_collectives() -> None:
                     expected = torch.arange(1, 5, device="cuda").repeat_interleave(numel).to(dtype)
                     assert torch.equal(output, expected)
         for wire in (torch.float32, torch.bfloat16):
-            for op, scale in ((ReduceOp.SUM, 1.0), (ReduceOp.AVG, 0.25), (premul_sum(0.5), 0.5)):
+            for op, scale in ((ReduceOp.SUM, 1.0), (ReduceOp.AVG, 0.25), (dist._make_nccl_premul_sum(0.5), 0.5)):
                 contribution = torch.arange(4 * 9, device="cuda", dtype=torch.float32).remainder(8) * (rank + 1)
                 output = torch.empty(9, device="cuda")
                 MiCSReduceScatter(groups, meter, wire)(output, contribution.to(wire), groups.partition, op)
