@@ -19,7 +19,7 @@ from hf_mics.planning.published import (
 )
 from hf_mics.planning.scaling import ScalePoint, simulate, sizes_between
 from hf_mics.planning.scaling_plots import NAMES, Marker, Panel
-from hf_mics.planning.timing import StepTime, System
+from hf_mics.planning.timing import FSDP2, Implementation, StepTime, System
 
 _SIZES = {"175B": (128, 512), "100B": (128, 512), "BERT 10B": (8, 128)}
 
@@ -58,24 +58,20 @@ def paper_report() -> ScalingReport:
 def paper_points(name: str) -> list[ScalePoint]:
     """MiCS and ZeRO-3 in the setting called `name`, at its sizes."""
     setting = SETTINGS[name]
-    systems: tuple[System, ...] = ("mics", "zero3")
-    mics, *zero3 = (
-        simulate(
+
+    def points(system: System, implementation: Implementation) -> list[ScalePoint]:
+        return simulate(
             setting.workload,
             setting.cluster(_SIZES[name][0]),
             scaling="weak",
             systems=[system],
             world_sizes=sizes_between(*_SIZES[name]),
             partition_size=setting.partition_size,
-            **how,
+            implementation=implementation,
         ).points
-        for system, how in (
-            (systems[0], {}),
-            (systems[1], {"implementation": DEEPSPEED_OVERLAPPED}),
-            (systems[1], {"implementation": DEEPSPEED_SERIAL}),
-        )
-    )
-    return mics + [_hull(*pair) for pair in zip(*zero3, strict=True)]
+
+    overlapped, serial = points("zero3", DEEPSPEED_OVERLAPPED), points("zero3", DEEPSPEED_SERIAL)
+    return points("mics", FSDP2) + [_hull(*pair) for pair in zip(overlapped, serial, strict=True)]
 
 
 def predicted(points: list[ScalePoint], system: str, world_size: int) -> Range:
