@@ -353,7 +353,10 @@ def _agree_on_nodes(plugin: MiCSPlugin) -> tuple[list[str], int]:
         )
     partitions = {partition for _, (_, partition) in everyone}
     if len(partitions) > 1:
-        raise TopologyError(f"every rank must ask for the same partition_size, got {sorted(map(str, partitions))}.")
+        raise TopologyError(
+            f"every rank must ask for the same partition_size, got {' and '.join(sorted(map(str, partitions)))}. Give "
+            "all the same MiCSPlugin and flags."
+        )
     return [host for _, (host, _) in everyone], sizes.pop()
 
 

@@ -289,7 +289,10 @@ def _shard_axis(model: nn.Module, units: list[Unit]) -> int:
         )
     meshes = {unit.mesh for unit in units}
     if len(meshes) > 1:
-        raise ConfigError(f"all units must be sharded on one mesh, got {len(meshes)}: {sorted(map(str, meshes))}.")
+        raise ConfigError(
+            f"all units must be sharded on one mesh, got {len(meshes)}: {sorted(map(str, meshes))}. Pass the same mesh "
+            "to every fully_shard."
+        )
     replicate, shard = units[0].mesh_axes
     if replicate is None or shard is None:
         raise ConfigError(

@@ -50,7 +50,10 @@ def load_classifier(
     tokenizer = load_or_train_tokenizer(name_or_path, (), "wordpiece", 0)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"the tokenizer of {name_or_path!r} has neither a padding nor an end-of-text token.")
+            raise ConfigError(
+                f"the tokenizer of {name_or_path!r} has neither a padding nor an end-of-text token, and batches need "
+                "one. Set its pad_token and save it again, or take another model."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return _load_pretrained(name_or_path, tokenizer, classes), tokenizer
 

@@ -50,7 +50,10 @@ def load_labelled(arguments: LabelledArguments) -> LabelledText:
     splits = load_splits(arguments, load_topics, columns)
     names = _class_names(splits["train"], arguments.label_column, arguments.class_names)
     if len(names) < 2:
-        raise ConfigError(f"too few classes: expected at least 2 in {arguments.label_column!r}, got {names}.")
+        raise ConfigError(
+            f"too few classes: expected at least 2 in {arguments.label_column!r}, got {names}. Name "
+            "another column with --label_column."
+        )
     rows = {}
     for split in ("train", "validation"):
         numbers = _numbers(splits[split][arguments.label_column], names, split)

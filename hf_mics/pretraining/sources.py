@@ -100,7 +100,10 @@ def _load_from_hub(arguments: SourceArguments, streaming: bool) -> dict[str, Any
             "Check the name and the network, or leave --dataset_name out to train on embedded text."
         ) from None
     if "train" not in loaded:
-        raise ConfigError(f"the data set {name!r} must have a split 'train', got {', '.join(map(str, loaded))}.")
+        raise ConfigError(
+            f"the data set {name!r} must have a split 'train', got {', '.join(map(str, loaded))}. Take another, or "
+            "pass files with --train_file."
+        )
     return {split: loaded[split] for split in ("train", "validation") if split in loaded}
 
 
