@@ -15,6 +15,7 @@ inside a node. Between nodes gathers stay gloo's ring, of which a flat group sen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -279,13 +280,9 @@ class _StreamWork(dist.Work):
         return self._event.query()
 
 
-_SIDE_STREAMS: dict[torch.device, Any] = {}
-
-
+@functools.cache
 def _side_stream(device: torch.device) -> Any:
-    if device not in _SIDE_STREAMS:
-        _SIDE_STREAMS[device] = torch.get_device_module(device).Stream(device)
-    return _SIDE_STREAMS[device]
+    return torch.get_device_module(device).Stream(device)
 
 
 def _run(stages: Iterator[dist.Work], device: torch.device, async_op: bool) -> dist.Work | None:

@@ -16,6 +16,7 @@ FSDP2's `set_requires_all_reduce` already defers hop 2. `TwoHopSchedule` adds wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
@@ -151,12 +152,11 @@ def _set_requires_gradient_sync(model: nn.Module, requires_gradient_sync: bool, 
 
 
 _SCHEDULES: WeakSet[TwoHopSchedule] = WeakSet()
-_WATCH: list[Any] = []
 
 
+@functools.cache  # once
 def _watch_optimizers() -> None:
-    if not _WATCH:
-        _WATCH.append(register_optimizer_step_pre_hook(_refuse_step_in_mid_window))
+    register_optimizer_step_pre_hook(_refuse_step_in_mid_window)
 
 
 def _refuse_step_in_mid_window(optimizer: torch.optim.Optimizer, *_: Any) -> None:
