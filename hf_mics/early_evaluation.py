@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
-from hf_mics._hf_compat import known_for_evaluation
+from hf_mics._hf_compat import known_for_evaluation, prepared
 from hf_mics._torch_compat import is_root
 from hf_mics.errors import ConfigError
+from hf_mics.process_groups import say_to_all
 from hf_mics.sharding import check_everywhere, share_weights
 
 
@@ -28,7 +28,7 @@ def evaluation_loop(stock: Callable[..., Any], trainer: Any, *args: Any, **kwarg
         ConfigError: some rank has no weights, because only rank 0 loaded them; on every rank alike.
     """
     accelerator, model = trainer.accelerator, trainer.model
-    if accelerator._models:
+    if prepared(accelerator).models:
         return stock(*args, **kwargs)
     # Another Trainer may have sharded the model before.
     if not is_root(model):
@@ -68,8 +68,7 @@ def _make_whole(accelerator: Any, model: nn.Module) -> None:
 
 
 def _check_weights(model: nn.Module) -> None:
-    missing: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(missing, any(t.is_meta for t in chain(model.parameters(), model.buffers())))
+    missing = say_to_all(lambda: any(t.is_meta for t in chain(model.parameters(), model.buffers())))
     if any(missing):
         raise ConfigError(
             "the model cannot be evaluated before training: it would be evaluated unsharded, and expects its weights "

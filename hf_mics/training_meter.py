@@ -16,7 +16,7 @@ from hf_mics.clock import CollectiveClock
 from hf_mics.engine import MiCSEngine
 from hf_mics.meter import Key, Tally
 from hf_mics.throughput import flops_per_token, throughput_metrics
-from hf_mics.traffic import node_bytes
+from hf_mics.traffic import StepTraffic, node_bytes
 
 
 class TrainingMeter:
@@ -67,12 +67,9 @@ class TrainingMeter:
         if steps == 0:
             return {}
         hops = self._clock.read()
-        sent = {
-            hop: sum(t.bytes_sent for (phase, _), t in self._sent.items() if (phase == "all_reduce") == (hop == "hop2"))
-            for hop in ("hop1", "hop2")
-        }
+        sent = StepTraffic(self._sent, {})
         crossed = node_bytes(self._engine.topology, self._sent, backend=self._engine.backend)
-        mine = [*map(float, (self._tokens, self._squares, sent["hop1"], sent["hop2"], crossed)), *hops.values()]
+        mine = [*map(float, (self._tokens, self._squares, sent.hop1_bytes, sent.hop2_bytes, crossed)), *hops.values()]
         everyone = torch.tensor(mine, dtype=torch.float64, device=self._engine.units[0].device)
         dist.all_reduce(everyone)
         tokens, squares, *costs = everyone.tolist()

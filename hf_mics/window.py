@@ -95,7 +95,7 @@ class Window:
             self._align(used)
         packing = sorted(self.unit.params_with_gradient())
         self._hide()
-        finished = self._with_finished_gradient()
+        finished = {i for i, param in enumerate(self.unit.sharded_params) if param.grad is not None}
         self._reduce(fsdp_post_backward, all_reduce=closes)
         if not packing:
             return
@@ -198,9 +198,6 @@ class Window:
         # A copy, or the user's own tensor. Entries that only lost digits to a narrower dtype keep them.
         mine = part.to(local.device, local.dtype)
         part.copy_(torch.where((local == mine).to(part.device), part, local.to(part.device, part.dtype)))
-
-    def _with_finished_gradient(self) -> frozenset[int]:
-        return frozenset(i for i, param in enumerate(self.unit.sharded_params) if param.grad is not None)
 
     def _forget_unused(self, unused: frozenset[int]) -> None:
         """A parameter that was only padded gets None, as in one process: zeros would make AdamW decay its weight."""
