@@ -1,4 +1,4 @@
-"""Where does the engine touch private names of torch? Here alone, checked on torch 2.13.0.
+"""Where does the engine touch private names of torch? Here alone, checked on torch 2.13.0 and 2.14.1.
 
 FSDP2's public seams (`set_custom_all_gather`, `set_custom_reduce_scatter`, `set_requires_all_reduce`) say how to
 communicate, but not what a unit holds between micro-steps. `Unit` names the few facts that the two-hop schedule needs.
@@ -22,12 +22,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import DTensor
 
 from hf_mics._torch_names import check_group, check_state
-from hf_mics.errors import ConfigError, MiCSError
-
-# torch 2.13 renamed the two calls; 2.11 has only the old names, which 2.13 keeps as aliases that CommDebugMode and
-# other counters no longer see.
-all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+from hf_mics.errors import ConfigError
 
 
 class Unit:
@@ -416,16 +411,7 @@ def unfinished_pass(model: nn.Module) -> Literal["forward", "backward"] | None:
 
 
 def reset_after_error(model: nn.Module) -> None:
-    """Lets FSDP2 forget a forward or backward that raised; partial sums are lost.
-
-    Raises:
-        MiCSError: this torch cannot (`reset_iter_state` came after 2.11).
-    """
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        raise MiCSError(
-            f"a forward or backward raised, and torch {torch.__version__} cannot start again after that. Install torch "
-            "2.13, whose FSDPModule has reset_iter_state, or let the error end the job."
-        )
+    """Lets FSDP2 forget a forward or backward that raised; partial sums are lost."""
     # Not `model.reset_iter_state()`: a schedule puts its own method there, which calls this function.
     FSDPModule.reset_iter_state(cast(FSDPModule, model))
 

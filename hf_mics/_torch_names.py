@@ -101,6 +101,6 @@ def _require_set_by(thing: Any, kind: str, method: str) -> None:
 def _refuse_missing(kind: str, missing: list[str]) -> None:
     if missing:
         raise MiCSError(
-            f"torch {torch.__version__} has no {kind}.{missing[0]}, which two-hop synchronization needs. hf_mics was "
-            "checked on torch 2.13.0; install that."
+            f"torch {torch.__version__} has no {kind}.{missing[0]}, which two-hop synchronization needs. hf_mics works "
+            "on torch 2.13 and 2.14; install one of these."
         )

@@ -1,4 +1,4 @@
-"""Does what pip builds hold what it needs? The wheel its types, the source archive what README and tests speak of."""
+"""Does what pip builds hold what it needs, and ask for versions on which it works?"""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs", "hf_mics", "recipes", "scripts", "tests")
@@ -51,3 +54,18 @@ def test_the_source_archive_holds_what_readme_and_tests_need(built: Path):
 
 def files_of(folder: str) -> list[Path]:
     return [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_what_is_installed_pinned_and_named_in_readme_is_what_pyproject_permits():
+    """A user's pip goes by those ranges, and nothing else here would notice one that has become false."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    permitted = {need.name: need.specifier for need in map(Requirement, needed)}
+    assert not {name: version(name) for name, range_ in permitted.items() if version(name) not in range_}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.lower().split("==") for line in lines if "==" in line)
+    assert not {
+        name: pinned[name] for name, range_ in permitted.items() if name in pinned if pinned[name] not in range_
+    }
+    assert (str(permitted["torch"]), str(permitted["transformers"])) == ("<2.15,>=2.13", "<6,>=5.23")
+    named = "(torch 2.13 or 2.14, accelerate 1.15, transformers 5.23 or newer;"
+    assert named in " ".join((ROOT / "README.md").read_text().split())
