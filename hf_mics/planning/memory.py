@@ -29,6 +29,8 @@ MEMORY_KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activ
 _STATES = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
 # DistributedDataParallel reduces buckets of 25 MB, two of them in flight.
 _DDP_BUCKETS_BYTES = 2 * 25 * 2**20
+# What the loss holds of its most before backward: logits as computed, in fp32, and their logarithms, of three in fp32.
+_FORWARD_LOGITS = 10 / 12
 
 
 @dataclass(frozen=True)
@@ -196,16 +198,34 @@ def _t5_layer(workload: Workload, decoder: bool) -> LayerActivations:
     # The gated feed-forward runs gelu_new, which keeps four tensors; ReLU keeps its output, which the product reads.
     ffn = width * (8 * f if m.gated_ffn else f)
     saved = (attentions + 1) * norm + attentions * (width * 4 * a + 4.0 * m.num_heads) + ffn
-    # The bias of positions is one for the whole batch; its gradient is not.
-    bias = width * m.num_heads * workload.seq_length**2
-    bias_saved = attentions * bias + (workload.seq_length**2 if decoder else 0)
+    # The layer's copy of the bias of positions, in the decoder with the mask on it. It is one for the whole batch; its
+    # gradient is not.
+    bias = _position_bias(workload)
+    bias_saved = bias + (workload.seq_length**2 if decoder else 0)
     # Of the gated feed-forward's eight tensors, enough are freed by the time that the gradients of others exist.
     backward = tokens * width * (h + (0 if m.gated_ffn else 2 * f))
     late = tokens * (attentions * norm + width * (4 * attentions * a + 2 * h))
-    late += tokens * width * m.num_heads * workload.seq_length + bias_saved
+    late += workload.micro_batch * bias + bias_saved
     products = (3 if m.gated_ffn else 2) * h * f
     share = products / (products + 4 * attentions * h * a)
     return LayerActivations(tokens * width * h, tokens * saved + bias_saved, backward, late, share)
+
+
+def _position_bias(workload: Workload) -> float:
+    """T5's bias of positions: one score for each head and pair of tokens, the same for the whole batch."""
+    return float(workload.compute_bytes * workload.model.num_heads * workload.seq_length**2)
+
+
+def _shared_biases(workload: Workload) -> tuple[float, float]:
+    """T5's biases of positions that all layers of a stack share: (until the decoder's end, in the encoder's backward).
+
+    Recomputed layers are given those of encoder, decoder and cross attention; the last is kept without recomputation
+    too, and all zeros. The first layer's gradient of its stack's bias adds up from the last layer's on.
+    """
+    if workload.model.family != "t5":
+        return 0.0, 0.0
+    bias = _position_bias(workload)
+    return (3 * bias, 2 * bias) if workload.activation_checkpointing else (bias, bias)
 
 
 def _head_activations(workload: Workload) -> tuple[float, float]:
@@ -225,7 +245,8 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
     head, logits = _head_activations(workload)
     encoder_end = head if m.family == "t5" else 0.0
     layers = m.num_decoder_layers if m.family == "t5" else m.num_layers
-    before_last = (layers - 1) * kept_last + (m.num_layers * kept + encoder_end if m.family == "t5" else 0.0)
+    biases, tail_biases = _shared_biases(workload)
+    before_last = (layers - 1) * kept_last + (m.num_layers * kept + encoder_end if m.family == "t5" else 0.0) + biases
     # CPU offload sends reduced gradients to the host at once, where micro-steps add up (FSDP2's foreach_reduce). Only
     # partial sums, which wait for hop 2, add up on the GPU.
     offloads = workload.cpu_offload
@@ -247,6 +268,13 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
         },
         "optimizer step": {"gradients": 0.0 if offloads else shards.fp32()},
     }
+    if gathers and shards.head:
+        # Of the last unit to be gathered, FSDP2 keeps the buffer too until the next gather, which is backward's.
+        moments["forward of the head"] = {
+            "gradients": sums,
+            "activations": before_last + kept_last + head + logits * _FORWARD_LOGITS,
+            "communication": stays + 2 * shards.head,
+        }
     # Between the two, what is kept shrinks by a layer's activations and gradients grow by a layer's sums, evenly.
     head_end = _Backward("backward of the last layer", last, shards.last_layer, shards.layer, before_last, sums)
     tail_end = _Backward(
@@ -255,10 +283,15 @@ def _moments(workload: Workload, shards: _Shards, *, gathers: bool) -> dict[str,
         shards.first_layer,
         # The last to arrive is the embedding, where it is a unit of its own; the one before it was a layer.
         max(shards.embedding, shards.layer),
-        0.0,
+        tail_biases,
         sums or reduced,
     )
-    for backward in (head_end, tail_end):
+    ends = [head_end, tail_end]
+    if m.family == "t5" and layers > 1:
+        # From here on there is the gradient of the bias that the decoder's layers share.
+        before = before_last - kept_last + _position_bias(workload)
+        ends.append(head_end._replace(name="backward of the second to last layer", before=before))
+    for backward in ends:
         moments |= backward.moments(tied_gradient, stays, shards, gathers=gathers)
     return moments
 

@@ -17,7 +17,8 @@ from hf_mics.topology import Topology
 
 def shape(family: str, layers: int, hidden: int, vocab: int, **other: Any) -> ModelShape:
     sizes: dict[str, Any] = {"num_layers": layers, "hidden_size": hidden, "ffn_size": 4 * hidden, "vocab_size": vocab}
-    return ModelShape(name=family, family=family, num_heads=8, context_length=512, **(sizes | other))  # type: ignore[arg-type]
+    sizes |= {"num_heads": 8, "context_length": 512}
+    return ModelShape(name=family, family=family, **(sizes | other))  # type: ignore[arg-type]
 
 
 def groups(partition: int, world: int = 16) -> Topology:
@@ -51,6 +52,16 @@ CASES = {
             micro_batch=8,
             activation_checkpointing=False,
         ),
+        groups(8),
+    ),
+    "t5 of long sequences": (
+        Workload(
+            model=shape("t5", 2, 64, 64, num_decoder_layers=3, ffn_size=64, head_dim=8, num_heads=16), seq_length=384
+        ),
+        groups(8),
+    ),
+    "gpt with a large head of its own": (
+        Workload(model=shape("gpt", 3, 128, 65536, tied_embeddings=False), seq_length=32, accumulation=2),
         groups(8),
     ),
     "wide gpt over two nodes": (Workload(model=shape("gpt", 3, 1024, 512), seq_length=32, accumulation=2), groups(16)),
