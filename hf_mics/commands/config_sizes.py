@@ -23,9 +23,11 @@ class Sizes:
         machines = self._count("num_machines", config.get("num_machines", 1))
         processes = self._count("num_processes", config.get("num_processes"), missing="the number of all GPUs")
         self._check_quotes(config, machines)
+        found = len(self.mistakes)
         shard = self._optional_count(parallel, "dp_shard_size")
         replicate = self._optional_count(parallel, "dp_replicate_size")
-        if self.mistakes or machines is None or processes is None:
+        are_counts = len(self.mistakes) == found
+        if machines is None or processes is None:
             return
         if processes % machines:
             self.mistakes.append(
@@ -34,7 +36,8 @@ class Sizes:
             )
             return
         self._check_machine(config, machines, processes // machines)
-        self._form_groups(machines, processes, shard, replicate)
+        if are_counts:
+            self._form_groups(machines, processes, shard, replicate)
 
     def _check_quotes(self, config: Config, machines: int | None) -> None:
         """Accelerate compares num_machines, and divides num_processes by it where there are several, as they stand."""

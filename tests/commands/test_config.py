@@ -235,6 +235,16 @@ def test_every_mistake_is_found_before_launch(
     assert words in errors
 
 
+def test_one_mistake_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wrong = sizes(tp_size=2, dp_replicate_size=3) | {"machine_rank": 5}
+    code, _, errors = check(tmp_path, capsys, wrong)
+    assert code == 2
+    for words in ("parallelism_config_tp_size is 2", "set dp_replicate_size to 2", "machine_rank must be 0 to 1"):
+        assert words in errors
+    _, _, errors = check(tmp_path, capsys, wrong | {"num_processes": 15})
+    assert "a multiple of num_machines: got 15 and 2" in errors
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
