@@ -6,7 +6,7 @@ fits, and of sizes whose predicted times differ by less than 1 % the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ _WORTH_IT = 0.03
 # A peer that waits for less than this part of its step hides its communication.
 _HIDDEN = 0.1
 _MOST_NODES = 4096
+# Shorter sequences are no advice.
+_FEWEST_TOKENS = 128
 
 MeasureMemory = Callable[[Workload, Topology], Memory]
 
@@ -83,8 +85,8 @@ class Candidate:
 
     @property
     def middle_s(self) -> float:
-        """A step time to order by: the geometric mean of the range's ends."""
-        return (self.time.step_s.low * self.time.step_s.high) ** 0.5
+        """A step time to order by."""
+        return _middle_s(self.time)
 
     def cost_per_billion_tokens(self, nodes: int) -> Range | None:
         """In the currency of the price; None without one."""
@@ -212,6 +214,11 @@ def state_fits(request: Request, topology: Topology) -> bool:
     return held["parameters"] + held["optimizer"] < available
 
 
+def _middle_s(time: StepTime) -> float:
+    """The geometric mean of the range's ends."""
+    return (time.step_s.low * time.step_s.high) ** 0.5
+
+
 def _candidate(request: Request, partition_size: int) -> Candidate:
     topology = request.cluster.topology(partition_size)
     memory = request.measure(topology)
@@ -244,7 +251,8 @@ def _reason(request: Request, candidates: list[Candidate], choice: Candidate, ru
     if choice is smallest:
         start = f"{p} is the smallest partition group in which the model fits ({need})"
     else:
-        start = f"{p} is faster than the smallest group that fits ({smallest.partition_size}), and needs {need}"
+        faster = smallest.middle_s / choice.middle_s - 1
+        start = f"{p} is {faster:.0%} faster than the smallest group that fits ({smallest.partition_size}), at {need}"
     if runner_up is None:
         return f"{start}, and the only one."
     if runner_up.partition_size < p:
@@ -262,12 +270,29 @@ def _would_change(request: Request, candidates: list[Candidate], choice: Candida
         next_smaller = smaller[-1]
         missing = next_smaller.total_bytes - available
         yield f"{missing / GB:.1f} GB more on every GPU: {next_smaller.partition_size} would fit"
-        for what, workload in _lighter(request):
-            if _fits(replace(request, workload=workload), next_smaller.partition_size):
-                yield f"{what}: {next_smaller.partition_size} would fit"
+        for way in _ways_to_fit(request, [next_smaller.partition_size]):
+            yield f"{way}: {next_smaller.partition_size} would fit"
     heavier = replace(request.workload, micro_batch=2 * request.workload.micro_batch)
     if not _fits(replace(request, workload=heavier), choice.partition_size):
         yield f"micro-batch {heavier.micro_batch}: {choice.partition_size} would no longer fit"
+    if request.system == "mics" and request.hierarchical and choice.partition_size > request.cluster.gpus_per_node:
+        # It fits, with fewer buffers.
+        flat = predict(request.workload, request.cluster, partition_size=choice.partition_size, hierarchical=False)
+        faster = choice.middle_s / _middle_s(flat) - 1
+        if faster >= _SAME_TIME:
+            yield f"one-stage collectives, --flat: {choice.partition_size} would be {faster:.0%} faster"
+
+
+def _ways_to_fit(request: Request, sizes: Sequence[int]) -> Iterator[str]:
+    """What makes the workload fit at one of `sizes`, smallest first; how much host memory that takes, if any."""
+    for what, workload in _lighter(request):
+        lighter = replace(request, workload=workload)
+        largest = next((p for p in reversed(sizes) if _fits(lighter, p)), None)
+        if largest is None:
+            continue
+        topology = request.cluster.topology(largest)
+        host = peak_memory(workload, topology, system=request.system).host_bytes * topology.node_size
+        yield f"{what} ({host / GB:.0f} GB of a node's memory)" if host else what
 
 
 def _lighter(request: Request) -> Iterator[tuple[str, Workload]]:
@@ -294,21 +319,39 @@ def _fits(request: Request, partition_size: int) -> bool:
 def _fits_nowhere(request: Request, candidates: list[Candidate]) -> str:
     cluster, model = request.cluster, request.workload.model
     best = min(candidates, key=lambda candidate: candidate.total_bytes)
-    ways = [
-        what
-        for what, workload in _lighter(request)
-        if any(_fits(replace(request, workload=workload), c.partition_size) for c in candidates)
-    ]
+    ways = list(_ways_to_fit(request, [candidate.partition_size for candidate in candidates]))
+    tokens = _short_enough(request, best.partition_size)
+    ways += [f"sequences of {tokens}"] if tokens else []
     nodes = _enough_nodes(request)
     ways += [f"{nodes} nodes"] if nodes else []
+    group = _mics_group(request)
+    ways += [f"MiCS in partition groups of {group}"] if group else []
     if not ways:
         missing = best.total_bytes - cluster.accelerator.memory_bytes
-        ways.append(f"GPUs with {missing / GB:.1f} GB more, or shorter sequences")
+        ways.append(f"GPUs with {missing / GB:.1f} GB more")
     return (
         f"{model.name} ({model.num_parameters / 1e9:.1f}B parameters) fits at no partition size on {cluster.nodes} x "
         f"{cluster.gpus_per_node} {cluster.accelerator.name}: at best, with {request.system} at "
         f"{best.partition_size}, a GPU {best.why_not}. It would fit with: {'; or '.join(ways)}."
     )
+
+
+def _short_enough(request: Request, partition_size: int) -> int | None:
+    """The length of sequences, by halving, at which it fits."""
+    tokens = request.workload.seq_length // 2
+    while tokens >= _FEWEST_TOKENS:
+        if _fits(replace(request, workload=replace(request.workload, seq_length=tokens)), partition_size):
+            return tokens
+        tokens //= 2
+    return None
+
+
+def _mics_group(request: Request) -> int | None:
+    """The smallest partition group in which MiCS would hold what a peer does not."""
+    if request.system == "mics":
+        return None
+    mics = replace(request, system="mics")
+    return next((p for p in partition_sizes("mics", request.cluster) if _fits(mics, p)), None)
 
 
 def _enough_nodes(request: Request) -> int | None:
@@ -347,14 +390,14 @@ def _network(request: Request, choice: Candidate) -> str:
             "hf-mics measure narrows that."
         )
     if max(waits) < _HIDDEN:
-        why = "its gathers hide behind computing"
+        why = "whose gathers hide behind computing"
     else:
         spans = max(1, choice.partition_size // cluster.gpus_per_node)
         why = (
-            f"the model fills {spans} of {cluster.nodes} nodes, so that both wait for the network; larger "
+            f"as the model fills {spans} of {cluster.nodes} nodes, so that both wait for the network; larger "
             "micro-batches help both"
         )
     return (
-        f"MiCS has nothing to win on this network: {full} is predicted to be as fast ({low:.2f}x to {high:.2f}x), "
-        f"because {why}."
+        f"MiCS has nothing to win on this network: it is predicted to have {low:.2f}x to {high:.2f}x the speed of "
+        f"{full}, {why}."
     )

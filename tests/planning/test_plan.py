@@ -11,7 +11,7 @@ from hf_mics.errors import ConfigError
 from hf_mics.planning.instances import instance_cluster
 from hf_mics.planning.models import find_model
 from hf_mics.planning.plan import Plan, Request, make_plan
-from hf_mics.planning.workload import Workload
+from hf_mics.planning.workload import ModelShape, Workload
 
 
 def request(model: str, instance: str, nodes: int, **other: Any) -> Request:
@@ -94,12 +94,59 @@ def test_activation_checkpointing_is_named_where_it_would_make_the_model_fit():
         make_plan(request("bert-20b", "p3dn.24xlarge", 4, micro_batch=16, activation_checkpointing=False))
 
 
+def test_what_would_make_it_fit_is_only_what_does():
+    short = request("gpt-175b", "p4d.24xlarge", 2, seq_length=2048, micro_batch=1)
+    # 16 bytes for each of 174.6e9 parameters on the hosts of two nodes.
+    with pytest.raises(ConfigError, match=r"optimizer state \(1397 GB of a node's memory\); or 32 nodes\.$"):
+        make_plan(short)
+    # Copies of all parameters, on every GPU: no sequence is short enough, and no number of nodes is enough.
+    for system in ("ddp", "zero2"):
+        with pytest.raises(ConfigError, match=r"fit with: MiCS in partition groups of 64\.$"):
+            make_plan(replace(request("gpt-175b", "p4de.24xlarge", 16, **LONG), system=system))  # type: ignore[arg-type]
+    long = ModelShape(
+        name="long",
+        family="gpt",
+        num_layers=2,
+        hidden_size=1024,
+        ffn_size=4096,
+        num_heads=8,
+        vocab_size=50000,
+        context_length=2**18,
+    )
+    settings: dict[str, Any] = {"cluster": instance_cluster("p4d.24xlarge", 1)}
+    with pytest.raises(ConfigError, match="It would fit with: ") as error:
+        make_plan(Request(workload=Workload(model=long, seq_length=2**18), **settings))
+    tokens = int(str(error.value).partition("sequences of ")[2].strip("."))
+    assert make_plan(Request(workload=Workload(model=long, seq_length=tokens), **settings)).choice.fits
+    with pytest.raises(ConfigError, match="fits at no partition size"):
+        make_plan(Request(workload=Workload(model=long, seq_length=2 * tokens), **settings))
+
+
+def test_flat_collectives_are_named_where_they_are_predicted_to_be_faster():
+    plan = make_plan(request("gpt-175b", "p4de.24xlarge", 16, **(LONG | {"accumulation": 4})))
+    flat = make_plan(replace(plan.request, hierarchical=False))
+    assert flat.choice.partition_size == plan.choice.partition_size == 64
+    faster = plan.choice.middle_s / flat.choice.middle_s - 1
+    assert faster > 0.01
+    assert plan.would_change[-1] == f"one-stage collectives, --flat: 64 would be {faster:.0%} faster"
+    assert not any("--flat" in text for text in flat.would_change)
+    # Groups inside a node have one stage anyway.
+    assert not any("--flat" in text for text in plan_of().would_change)
+
+
+def test_a_larger_group_than_the_smallest_is_said_to_be_faster_by_how_much():
+    plan = make_plan(request("gpt2", "p4d.24xlarge", 2, micro_batch=1, accumulation=1))
+    smallest = next(candidate for candidate in plan.candidates if candidate.fits)
+    faster = smallest.middle_s / plan.choice.middle_s - 1
+    assert f"8 is {faster:.0%} faster than the smallest group that fits (1)" in plan.reason
+
+
 def test_fast_networks_are_said_to_have_nothing_to_win():
     slow = plan_of().network
     assert slow.startswith("MiCS is predicted to be")
     fast = make_plan(request("llama-8b", "p5.48xlarge", 8, seq_length=8192, micro_batch=1, precision="bf16")).network
     assert "nothing to win on this network" in fast
-    assert "hide behind computing" in fast
+    assert "x the speed of sharding over all 64 GPUs (ZeRO-3), whose gathers hide behind computing" in fast
     assert make_plan(request("bert-10b", "p3dn.24xlarge", 1)).network == "", "there is no network on one node"
 
 
