@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from hf_mics.commands.workload_options import flag, given_or
 from hf_mics.errors import ConfigError
@@ -19,10 +20,16 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--instance", help=f"instance type, one of {', '.join(INSTANCES)}")
     group.add_argument("--cluster", metavar="FILE", help="cluster file that hf-mics measure wrote")
     group.add_argument("--gpus-per-node", type=int, help="GPUs on each node")
-    group.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU, in GB (1e9 bytes)")
-    group.add_argument("--nvlink", type=float, metavar="GB/S", help="link between a node's GPUs, GB/s of one GPU")
-    group.add_argument("--nic", type=float, metavar="GBIT/S", help="network interface of one node, Gbit/s")
-    group.add_argument("--peak", type=float, metavar="TFLOPS", help="dense peak of one GPU at --precision, TFLOP/s")
+    group.add_argument("--gpu-memory", type=_number_of("GB"), metavar="GB", help="memory of one GPU, in GB (1e9 bytes)")
+    group.add_argument(
+        "--nvlink", type=_number_of("GB/s"), metavar="GB/S", help="link between a node's GPUs, GB/s of one GPU"
+    )
+    group.add_argument(
+        "--nic", type=_number_of("Gbit/s"), metavar="GBIT/S", help="network interface of one node, Gbit/s"
+    )
+    group.add_argument(
+        "--peak", type=_number_of("TFLOP/s"), metavar="TFLOPS", help="dense peak of one GPU at --precision, TFLOP/s"
+    )
 
 
 def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Cluster:
@@ -58,3 +65,13 @@ def cluster_from_options(options: argparse.Namespace, nodes: int | None) -> Clus
         nvlink_gb_per_s=options.nvlink,
         nic_gbit_per_s=options.nic,
     )
+
+
+def _number_of(unit: str) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, in {unit}, without its unit; got {text!r}") from None
+
+    return number

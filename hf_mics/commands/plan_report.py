@@ -6,20 +6,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_mics.commands.console_width import widen
 from hf_mics.planning.cluster import Range
 from hf_mics.planning.memory import MEMORY_KINDS
 from hf_mics.planning.plan import GB, Candidate, Plan, assumptions
 
 _BAR_WIDTH = 16
-# Tables are not folded below this; a narrower terminal folds the lines itself.
-_MIN_WIDTH = 110
 _COLOURS = dict(zip(MEMORY_KINDS, ("blue", "cyan", "magenta", "green", "yellow"), strict=True))
 
 
 def print_plan(plan: Plan) -> None:
     """Prints the table of partition sizes, the choice and what it rests on."""
     console = Console()
-    console.width = max(console.width, _MIN_WIDTH)
+    table = _table(plan)
+    widen(console, table)
     request, choice = plan.request, plan.choice
     model, cluster, workload = request.workload.model, request.cluster, request.workload
     console.print(
@@ -27,7 +27,7 @@ def print_plan(plan: Plan) -> None:
         f"{cluster.gpus_per_node} {cluster.accelerator.name} ({cluster.name}); sequences of {workload.seq_length}, "
         f"micro-batch {workload.micro_batch}, accumulation {workload.accumulation}, {workload.precision}"
     )
-    console.print(_table(plan))
+    console.print(table)
     legend = Text("memory: ")
     for kind in MEMORY_KINDS:
         legend.append("█ ", style=_COLOURS[kind]).append(f"{kind}  ")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from hf_mics.commands.cluster_options import add_cluster_arguments, cluster_from_options
+from hf_mics.commands.console_width import widen
 from hf_mics.commands.paper_figures import paper_report
 from hf_mics.commands.scaling_report import ScalingReport, scaling_table
 from hf_mics.commands.workload_options import add_workload_arguments, flag, given_or, workload_from_options
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console()
+    widen(console, *report.tables)
     if report.header:
         console.print(report.header, soft_wrap=True, highlight=False)
     for table in report.tables:
@@ -83,7 +85,7 @@ def _report(options: argparse.Namespace) -> ScalingReport:
         partition_size = smallest_partition(_workload(options, "weak", sizes), cluster.with_world_size(sizes[-1]))
     systems = tuple(dict.fromkeys(given_or(options.systems, ("mics", "zero3", "hsdp"))))
     points: list[ScalePoint] = []
-    omitted: list[str] = []
+    left_out: dict[str, list[Scaling]] = {}
     pictures = {}
     for scaling in scalings:
         workload = _workload(options, scaling, sizes)
@@ -96,8 +98,10 @@ def _report(options: argparse.Namespace) -> ScalingReport:
             partition_size=partition_size,
         )
         points += found.points
-        omitted += [f"{scaling} scaling, {line}" for line in found.left_out]
+        for line in found.left_out:
+            left_out.setdefault(line, []).append(scaling)
         pictures[f"{scaling}_scaling"] = [_panel(scaling, workload, cluster, found.points)]
+    omitted = [f"{' and '.join(where)} scaling, {line}" for line, where in left_out.items()]
     assumed = [*cluster.assumptions(), *time_notes(workload, cluster)]
     record = {
         "model": {"name": workload.model.name, "parameters": workload.model.num_parameters},

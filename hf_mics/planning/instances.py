@@ -67,7 +67,7 @@ INSTANCES: dict[str, Instance] = {
 
 
 def instance_cluster(name: str, nodes: int, precision: Precision = "bf16") -> Cluster:
-    """A cluster of `nodes` instances called `name`, its links ranges of what their data sheets say.
+    """A cluster of `nodes` instances called `name`, in capitals or not; its links are ranges of what data sheets say.
 
     Args:
         precision: of matrix products, whose peak it is.
@@ -75,16 +75,17 @@ def instance_cluster(name: str, nodes: int, precision: Precision = "bf16") -> Cl
     Raises:
         ConfigError: no such instance; the message holds the nearest names.
     """
-    instance = INSTANCES.get(name)
+    known = name.casefold()
+    instance = INSTANCES.get(known)
     if instance is None:
         raise ConfigError(
-            f"unknown instance: expected one of {', '.join(INSTANCES)}, got {name!r}.{did_you_mean(name, INSTANCES)} "
+            f"unknown instance: expected one of {', '.join(INSTANCES)}, got {name!r}.{did_you_mean(known, INSTANCES)} "
             "Describe any other with --gpus-per-node --gpu-memory --nvlink --nic --peak, or measure it with hf-mics "
             "measure."
         )
     memory_gb, half_tflops, fp32_tflops, memory_gb_per_s = _GPUS[instance.gpu]
     return custom_cluster(
-        name=name,
+        name=known,
         gpu=instance.gpu,
         nodes=nodes,
         gpus_per_node=instance.gpus,

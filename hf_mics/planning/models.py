@@ -105,7 +105,9 @@ def _read(path: Path) -> Config:
 
 
 def _download(name: str) -> Path:
-    choices = f"{did_you_mean(name, PRESETS)} Presets: {', '.join(PRESETS)}."
+    # Presets have no capitals and no owner.
+    near = did_you_mean(name.rpartition("/")[2].casefold(), PRESETS)
+    choices = f"{near} Presets: {', '.join(PRESETS)}."
     if name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"no such file or folder: {name!r}.{choices}")
     import huggingface_hub

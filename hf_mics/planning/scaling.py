@@ -53,6 +53,14 @@ class ScalePoint:
         }
 
 
+class _DoesNotFitError(ConfigError):
+    """A GPU has less memory than the `needed_bytes`, reserve included."""
+
+    def __init__(self, message: str, needed_bytes: float) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
+
 class Simulated(NamedTuple):
     """What was predicted, and what was left out and why, a line for each system and reason."""
 
@@ -98,6 +106,7 @@ def simulate(
     """
     points = []
     omitted: dict[tuple[System, str], list[int]] = {}
+    needed: dict[System, dict[int, float]] = {}
     asked = set(PARTITIONED) & set(systems) or set(systems)
     refused: MiCSError | None = None
     for system in systems:
@@ -107,7 +116,10 @@ def simulate(
                 run, p = _at_size(workload, sized, scaling, system, world_sizes[0], partition_size)
             except (TopologyError, ConfigError) as error:
                 refused = error if system in asked else refused
-                omitted.setdefault((system, str(error)), []).append(world_size)
+                if isinstance(error, _DoesNotFitError):
+                    needed.setdefault(system, {})[world_size] = error.needed_bytes
+                else:
+                    omitted.setdefault((system, str(error)), []).append(world_size)
                 continue
             step = predict(run, sized, system=system, partition_size=p, implementation=implementation)
             points.append(
@@ -122,9 +134,15 @@ def simulate(
             )
     if refused is not None and not asked & {point.system for point in points}:
         raise refused
-    return Simulated(
-        points, [f"{system} on {', '.join(map(str, found))} GPUs: {why}" for (system, why), found in omitted.items()]
-    )
+    left_out = [f"{system} on {', '.join(map(str, found))} GPUs: {why}" for (system, why), found in omitted.items()]
+    available = cluster.accelerator.memory_bytes
+    for system, at in needed.items():
+        low, high = (f"{end(at.values()) / 1e9:.1f}" for end in (min, max))
+        left_out.append(
+            f"{system} on {', '.join(map(str, at))} GPUs: {workload.model.name} does not fit: it needs "
+            f"{low if low == high else f'{low} to {high}'} GB of a GPU's {available / 1e9:.1f} GB."
+        )
+    return Simulated(points, left_out)
 
 
 def _at_size(
@@ -183,10 +201,12 @@ def _require_memory(workload: Workload, cluster: Cluster, system: System, partit
     missing = _missing_bytes(workload, cluster, system, partition_size)
     if missing > 0:
         available = cluster.accelerator.memory_bytes
-        raise ConfigError(
+        larger = "Larger partition groups, smaller" if system in PARTITIONED else "Smaller"
+        raise _DoesNotFitError(
             f"{workload.model.name} does not fit: {system} with partition groups of {partition_size} needs "
-            f"{(available + missing) / 1e9:.1f} GB of a GPU's {available / 1e9:.1f} GB. Larger partition groups, "
-            "smaller micro-batches or activation checkpointing need less; hf-mics plan shows which."
+            f"{(available + missing) / 1e9:.1f} GB of a GPU's {available / 1e9:.1f} GB. {larger} micro-batches or "
+            "activation checkpointing need less; hf-mics plan shows which.",
+            available + missing,
         )
 
 

@@ -69,6 +69,25 @@ def test_the_table_shows_choice_reason_runner_up_and_assumptions(capsys: pytest.
     assert "GB over" in out
 
 
+def test_no_table_is_cut_off_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main([*SMALL.split(), "--price-per-hour", "31"]) == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    assert 16 * "\u2588" + "\u25b6" in out
+
+
+def test_an_instance_is_known_by_its_name_in_capitals_too(capsys: pytest.CaptureFixture[str]):
+    assert as_json(capsys, SMALL.replace("p3dn.24xlarge", "P3DN.24xLarge")) == as_json(capsys, SMALL)
+
+
+def test_a_rate_with_its_unit_is_refused_with_the_unit_that_it_is_taken_in(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main([*SMALL.split(), "--nic", "100Gbps"])
+    assert stopped.value.code == 2
+    assert "--nic: expected a number, in Gbit/s, without its unit; got '100Gbps'" in capsys.readouterr().err
+
+
 def test_save_writes_a_config_that_accelerate_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "mics.yaml"
     assert main([*SMALL.split(), "--save", str(file)]) == 0
@@ -116,7 +135,9 @@ def test_save_never_overwrites_without_force(tmp_path: Path, capsys: pytest.Capt
     ("change", "words"),
     [
         (["--instance", "p4d.24xlarg"], "Did you mean 'p4d.24xlarge'"),
+        (["--instance", "A100"], "Did you mean 'dgx-a100'"),
         (["--model", "gpt-175"], "Did you mean 'gpt-175b'"),
+        (["--model", "somebody/GPT-175B"], "Did you mean 'gpt-175b'"),
         (["--model", ""], "no model: expected a preset"),
         (["--model", "somebody/something"], "could be had from the Hugging Face hub"),
         (["--micro-batch", "0"], "micro_batch must be a positive integer, got 0"),

@@ -91,13 +91,24 @@ def test_what_was_simulated_and_what_was_left_out_is_said(capsys: pytest.Capture
     assert "bf16, activation checkpointing on" in out
     assert "compute_efficiency" in out
     assert "left out:\n  weak scaling, mics on 8 GPUs: a partition group of 16 is more than all GPUs." in out
-    assert "weak scaling, ddp on 8, 16, 32, 64 GPUs: gpt-20b does not fit" in out
+    assert "weak scaling, ddp on 8, 16, 32, 64 GPUs: gpt-20b does not fit: it needs 359.2 GB of a GPU's 40.0 GB" in out
+    assert cli.main([*words[:5], "--to-gpus", "64", "--systems", "mics", "zero2"]) == 0
+    out = capsys.readouterr().out
+    # One line for all sizes, and for both scalings.
+    assert "weak and strong scaling, zero2 on 8, 16, 32, 64 GPUs: gpt-20b does not fit: it needs" in out
+    assert out.count("zero2 on") == 1
     assert cli.main([*words, "--json", "--partition-size", "32"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["workload"]["seq_length"] == 1024
     assert found["left_out"][0].startswith(
         "weak scaling, mics on 8, 16 GPUs: a partition group of 32 is more than all GPUs"
     )
+
+
+def test_no_number_is_cut_off_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main([*SMALL, "--scaling", "weak", "--to-gpus", "16", "--systems", "mics", "zero3", "zero2", "ddp"]) == 0
+    assert "\u2026" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
