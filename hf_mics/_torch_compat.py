@@ -342,6 +342,12 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def device_and_dtype(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """What the arguments of `module.to(...)` ask for."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype
+
+
 def override_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Makes `module.name(...)` call `function(module, ...)`, on this instance alone.
 

@@ -34,10 +34,12 @@ from hf_mics._hf_compat import (
     run_checkpoint_functions_inside,
     start_process_state,
 )
+from hf_mics.absent_weights import allow_absent_weights, expect_weights, has_absent_weights
 from hf_mics.admission import check_optimizer, check_state, preparation_turns, remember_replaced
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
 from hf_mics.checkpoint.resuming import around_checkpoint_function
 from hf_mics.checkpoint.stop import StopRequest
+from hf_mics.early_evaluation import make_whole
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, say_node_size
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.model_methods import open_to_methods
@@ -91,6 +93,8 @@ class MiCSAccelerator(StockAccelerator):
         if "transformers.trainer" in sys.modules:
             # Whoever makes a Trainer has loaded it; others need not wait for it.
             import_module("hf_mics.checkpoint.trainer_state").make_trainers_safe()
+        if self.mics_plugin.cpu_ram_efficient_loading:
+            allow_absent_weights()
         _leave_job_at_exit()
         watch_ranks(hosts)
         self._warn_if_two_hop_is_off()
@@ -146,6 +150,20 @@ class MiCSAccelerator(StockAccelerator):
             for place, item in zip(turn, result if len(turn) > 1 else [result], strict=True):
                 prepared[place] = item
         return tuple(prepared)
+
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> torch.nn.Module:
+        """Prepares as `Accelerator.prepare_model`; a model that is only read is whole, and is so on every rank.
+
+        Where one rank of each node loads the weights, the others get them here: to be called on every rank.
+        """
+        if evaluation_mode and self.mics_plugin.cpu_ram_efficient_loading:
+            absent: list[Any] = [None] * self.num_processes
+            dist.all_gather_object(absent, has_absent_weights(model))
+            if any(absent):
+                make_whole(model, self.device)
+        return super().prepare_model(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
 
     def save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         """Saves as `Accelerator.save`.
@@ -220,6 +238,7 @@ class MiCSAccelerator(StockAccelerator):
                     check_state(item)
                 elif isinstance(item, torch.nn.Module):
                     check_everywhere(item)
+                    expect_weights(item)
             return_parameters = _remember_parameters(args)
             models = [arg for arg in args if isinstance(arg, torch.nn.Module)]
             with remember_replaced(models), replaced_preparation(shard_model, checkpoint_activations):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_mics._hf_compat import known_for_evaluation, prepared
 from hf_mics._torch_compat import is_root
+from hf_mics.absent_weights import expect_weights, has_absent_weights
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import say_to_all
 from hf_mics.sharding import check_everywhere, share_weights
@@ -25,14 +26,14 @@ def evaluation_loop(stock: Callable[..., Any], trainer: Any, *args: Any, **kwarg
     """Runs `Trainer.evaluation_loop`, which `evaluate()` and `predict()` go through, also before training.
 
     Raises:
-        ConfigError: some rank has no weights, because only rank 0 loaded them; on every rank alike.
+        ConfigError: the Trainer was given an optimizer of weights that only rank 0 has; on every rank alike.
     """
     accelerator, model = trainer.accelerator, trainer.model
     if prepared(accelerator).models:
         return stock(*args, **kwargs)
     # Another Trainer may have sharded the model before.
     if not is_root(model):
-        _make_whole(accelerator, model)
+        _make_whole(trainer)
     with _unchanged_tensors(model), known_for_evaluation(accelerator, model):
         return stock(*args, **kwargs)
 
@@ -52,10 +53,10 @@ def _unchanged_tensors(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, buffer)
 
 
-def _make_whole(accelerator: Any, model: nn.Module) -> None:
-    """Brings the whole `model` to this rank's device, with rank 0's weights, as training will have them."""
-    _check_weights(model)
-    check_everywhere(model)
+def _make_whole(trainer: Any) -> None:
+    """Brings the whole model to this rank's device, with rank 0's weights, as training will have them."""
+    accelerator, model = trainer.accelerator, trainer.model
+    _check_optimizer(trainer)
     if accelerator.is_main_process:
         print(
             "MiCS: training has not begun, so the model is evaluated unsharded, whole on every rank. "
@@ -63,16 +64,27 @@ def _make_whole(accelerator: Any, model: nn.Module) -> None:
             file=sys.stderr,
             flush=True,
         )
-    model.to(accelerator.device)
-    share_weights(model, accelerator.device)
+    make_whole(model, accelerator.device)
 
 
-def _check_weights(model: nn.Module) -> None:
-    missing = say_to_all(lambda: any(t.is_meta for t in chain(model.parameters(), model.buffers())))
+def make_whole(model: nn.Module, device: torch.device) -> None:
+    """Gives every rank the whole `model` on `device` with rank 0's weights, also ranks that have none; a collective.
+
+    Raises:
+        ConfigError: ranks hold different models, or rank 0 has no weights; on every rank alike.
+    """
+    check_everywhere(model)
+    model.to(device)
+    share_weights(model, device)
+    expect_weights(model)
+
+
+def _check_optimizer(trainer: Any) -> None:
+    missing = say_to_all(lambda: trainer.optimizer is not None and has_absent_weights(trainer.model))
     if any(missing):
         raise ConfigError(
-            "the model cannot be evaluated before training: it would be evaluated unsharded, and expects its weights "
-            f"on every rank; rank {missing.index(True)} has them on the meta device. Evaluate with "
+            "this Trainer was given an optimizer, whose parameters are on the meta device of rank "
+            f"{missing.index(True)}: evaluated before training the model would get others, with weights. Evaluate with "
             "TrainingArguments(eval_on_start=True), when the model is sharded, or load it on every rank "
             "(fsdp_cpu_ram_efficient_loading: false)."
         )

@@ -98,8 +98,7 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     _check_weights_exist(model)
     ignored = _ignored_parameters(plugin, model, accelerator.device)
     _widen_scalars(model, ignored)
-    # The other ranks' own values are not needed: their shapes are.
-    weights = [p.detach() if accelerator.is_main_process else p.detach().to("meta") for p in model.parameters()]
+    weights = _values_of_rank_0(model)
     _fully_shard(accelerator, model, ignored)
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     _spread_from_rank_0(model, weights, accelerator.device, torch.device("cpu") if offload else accelerator.device)
@@ -252,9 +251,15 @@ def _spread_from_rank_0(
 
 
 def share_weights(model: nn.Module, device: torch.device) -> None:
-    """Gives every rank rank 0's weights and buffers of a whole `model`, as sharding does."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data.copy_(_broadcast(tensor, device))
+    """Gives every rank rank 0's weights and buffers of a `model` that stays whole on `device`, as sharding does."""
+    _check_weights_exist(model)
+    _spread_from_rank_0(model, _values_of_rank_0(model), device, device)
+
+
+def _values_of_rank_0(model: nn.Module) -> list[torch.Tensor]:
+    """The weights on rank 0. The other ranks' own values are not needed: their shapes are."""
+    here = dist.get_rank() == 0
+    return [param.detach() if here else param.detach().to("meta") for param in model.parameters()]
 
 
 def _broadcast(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

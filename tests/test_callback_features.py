@@ -140,11 +140,24 @@ def test_a_model_is_evaluated_before_training_as_under_ddp_and_trains_as_if_it_h
 
 
 @on_ranks(LAYOUT)
-def test_an_evaluation_before_training_of_weights_that_only_rank_0_has_is_refused(layout: Layout) -> None:
+def test_weights_that_only_rank_0_has_are_evaluated_before_training_unless_an_optimizer_waits_for_them(
+    layout: Layout,
+) -> None:
+    expected = trainer_of(None).evaluate()["eval_loss"]
+    undisturbed = trainer_of(layout)
+    undisturbed.train()
     trainer = trainer_of(layout)
     if dist.get_rank():
-        trainer.model.to("meta")
-    with pytest.raises(ConfigError, match=r"rank 1 has them on the meta device. Evaluate with .*eval_on_start=True"):
+        trainer.model.to("meta").tie_weights()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=TOLERANCE)
+    trainer.train()
+    assert_same(weights(trainer), weights(undisturbed), 0.0)
+
+    trainer = trainer_of(layout)
+    if dist.get_rank():
+        trainer.model.to("meta").tie_weights()
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters())
+    with pytest.raises(ConfigError, match=r"on the meta device of rank 1.*eval_on_start=True"):
         trainer.evaluate()
 
 

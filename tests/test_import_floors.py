@@ -41,6 +41,7 @@ FLOORS = {
         "plugin",
         "wrapping",
         "sharding",
+        "absent_weights",
         "early_evaluation",
         "summary",
         "checkpoint",

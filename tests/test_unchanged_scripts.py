@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -12,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
+from hf_mics import MiCSPlugin
 from hf_mics.errors import ConfigError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -227,3 +230,47 @@ def check_refusals() -> None:
 
 def test_what_sharded_parameters_cannot_do_is_refused_before_it_trains_wrongly() -> None:
     run_ranks(check_refusals, 2)
+
+
+def check_absent_weights(folder: str) -> dict[str, Any]:
+    """Under the default of a launcher, with which transformers makes a new head on one rank of each node."""
+    accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2, cpu_ram_efficient_loading=True))
+    rank, rows, labels = dist.get_rank(), tiny.token_rows(4), torch.tensor([0, 1, 2, 0])
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": str(rank)}
+    with mock.patch.dict("os.environ", launched):
+        load = functools.partial(transformers.AutoModelForSequenceClassification.from_pretrained, folder, num_labels=3)
+        model, teacher = load(), load()
+    assert model.score.weight.is_meta == bool(rank)
+    model.to(accelerator.device)
+    optimizer = make_optimizer(model)
+    teacher.to(accelerator.device, torch.float64)
+    assert {param.dtype for param in teacher.parameters()} == {torch.float64}
+    if rank:
+        with pytest.raises(ConfigError, match=f"lacks weights on rank {rank}.*prepare_model"):
+            teacher(input_ids=rows)
+    teacher = accelerator.prepare_model(teacher.float(), evaluation_mode=True)
+    seen: dict[str, Any] = {"teacher": dict(teacher.named_parameters()), "logits": teacher(input_ids=rows).logits}
+    model, optimizer = accelerator.prepare(model, optimizer)
+    seen["before"] = full_weights(model)
+    accelerator.backward(model(input_ids=rows, labels=labels).loss)
+    optimizer.step()
+    return seen | {"after": full_weights(model)}
+
+
+def test_a_model_whose_new_head_only_rank_0_has_is_moved_and_trained_or_read(tmp_path: Path) -> None:
+    tiny.build("gpt2").save_pretrained(tmp_path)
+    seen = run_ranks(check_absent_weights, WORLD_SIZE, str(tmp_path))
+    load = functools.partial(transformers.AutoModelForSequenceClassification.from_pretrained, tmp_path, num_labels=3)
+    rows, labels = tiny.token_rows(4), torch.tensor([0, 1, 2, 0])
+    for of_rank in seen:
+        for case in ("teacher", "before", "after"):
+            assert largest_difference(of_rank[case], seen[0][case]) == 0.0, case
+        teacher = load()
+        teacher.load_state_dict(of_rank["teacher"])
+        assert torch.equal(of_rank["logits"], teacher.eval()(input_ids=rows).logits)
+    alone = load()
+    alone.load_state_dict(seen[0]["before"])
+    alone.train()(input_ids=rows, labels=labels).loss.backward()
+    make_optimizer(alone).step()
+    assert largest_difference(seen[0]["after"], dict(alone.named_parameters())) < TOLERANCE
+    assert largest_difference(seen[0]["after"], seen[0]["before"]) > TOLERANCE
