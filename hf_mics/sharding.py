@@ -26,7 +26,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_mics._hf_compat import keeps_cache_out_of_recomputation
-from hf_mics._torch_compat import class_before_sharding, is_root, plain
+from hf_mics._torch_compat import class_before_sharding, in_backward, is_root, plain
 from hf_mics.admission import check_model
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import say_to_all
@@ -119,8 +119,29 @@ def _fully_shard(accelerator: Any, model: nn.Module, ignored: set[nn.Parameter])
     for _, module in plan.heads:
         fully_shard(module, reshard_after_forward=False, **common)
     fully_shard(model, **common)
+    _gather_heads_early(model, [layer for _, layer in plan.layers], [head for _, head in plan.heads])
     keep_class_name(model)
     plugin.wrap_report = (plan.describe(), *plan.skipped)
+
+
+def _gather_heads_early(model: nn.Module, layers: list[Any], heads: list[Any]) -> None:
+    """Lets the heads be gathered beside the last layer, for models that use a head's weight and never call the head.
+
+    TRL computes the loss from `lm_head.weight`. Of a weight that is sharded then, every rank would train its shard on
+    its own rows alone, and replicas would drift apart.
+    """
+
+    def wait(*_: Any) -> None:
+        # A recomputation would gather a head that is done with, and leave the old weights to the next step.
+        if not in_backward():
+            for head in heads:
+                head.unshard()
+
+    if layers:
+        layers[-1].set_modules_to_forward_prefetch(heads)
+        layers[-1].register_forward_hook(wait)
+    else:
+        model.register_forward_pre_hook(wait)
 
 
 def keep_class_name(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_mics import MiCSPlugin
 from hf_mics.errors import ConfigError
@@ -274,3 +276,42 @@ def test_a_model_whose_new_head_only_rank_0_has_is_moved_and_trained_or_read(tmp
     make_optimizer(alone).step()
     assert largest_difference(seen[0]["after"], dict(alone.named_parameters())) < TOLERANCE
     assert largest_difference(seen[0]["after"], seen[0]["before"]) > TOLERANCE
+
+
+def fused_loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """A forward as TRL's, which computes the loss from the head's weight and calls the head never."""
+    hidden = model.model(input_ids=rows).last_hidden_state[:, :-1]
+    weight = model.lm_head.weight
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    return nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), rows[:, 1:].flatten())
+
+
+def train_fused(model: nn.Module, optimizer: Any, backward: Any, part: Any) -> None:
+    for step in range(3):
+        backward(model(part(tiny.token_rows(8, seed=step))))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_head_past_its_forward() -> list[dict[str, torch.Tensor]]:
+    trained = []
+    for checkpointing in (False, True):
+        plugin = MiCSPlugin(partition_size=2, activation_checkpointing=checkpointing)
+        accelerator = fresh_accelerator(mics_plugin=plugin)
+        model = tiny.build("llama")
+        model.forward = types.MethodType(fused_loss, model)
+        model, optimizer = accelerator.prepare(model, make_optimizer(model))
+        train_fused(model, optimizer, accelerator.backward, lambda x: x.chunk(WORLD_SIZE)[dist.get_rank()])
+        trained.append(full_weights(model))
+    return trained
+
+
+def test_a_head_whose_weight_is_used_past_its_forward_trains_as_in_one_process() -> None:
+    model = tiny.build("llama")
+    model.forward = types.MethodType(fused_loss, model)
+    train_fused(model, make_optimizer(model), lambda loss: loss.backward(), lambda x: x)
+    for trained in run_ranks(check_head_past_its_forward, WORLD_SIZE):
+        for weights in trained:
+            names = {name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in weights.items()}
+            assert largest_difference(names, dict(model.named_parameters())) < TOLERANCE
