@@ -131,6 +131,7 @@ def _gather_heads_early(model: nn.Module, layers: list[Any], heads: list[Any]) -
     its own rows alone, and replicas would drift apart.
     """
 
+    @torch.compiler.disable  # as FSDP2's own hooks are
     def wait(*_: Any) -> None:
         # A recomputation would gather a head that is done with, and leave the old weights to the next step.
         if not in_backward():
