@@ -108,6 +108,17 @@ def loading_each_module_once() -> AbstractContextManager[None]:
     return replaced((fsdp_utils, "_set_model_state_dict", set_state))
 
 
+def changed_full_state(change: Callable[[dict[str, Any]], dict[str, Any]]) -> AbstractContextManager[None]:
+    """Inside, accelerate saves what `change` makes of a model's full state."""
+    former = fsdp_utils._get_model_state_dict
+
+    def get_state(model: nn.Module, adapter_only: bool = False, sd_options: Any = None) -> Any:
+        state = former(model, adapter_only=adapter_only, sd_options=sd_options)
+        return change(state) if sd_options is not None and sd_options.full_state_dict else state
+
+    return replaced((fsdp_utils, "_get_model_state_dict", get_state))
+
+
 CHECKPOINT_FUNCTIONS = ("save_fsdp_model", "save_fsdp_optimizer", "load_fsdp_model", "load_fsdp_optimizer")
 
 

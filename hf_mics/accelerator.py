@@ -37,6 +37,7 @@ from hf_mics._hf_compat import (
 from hf_mics.absent_weights import allow_absent_weights, expect_weights, has_absent_weights
 from hf_mics.admission import check_optimizer, check_state, preparation_turns, remember_replaced
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
+from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.resuming import around_checkpoint_function
 from hf_mics.checkpoint.stop import StopRequest
 from hf_mics.early_evaluation import make_whole
@@ -225,8 +226,12 @@ class MiCSAccelerator(StockAccelerator):
         self._companions.extend(companions)
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """The full state as `Accelerator.get_state_dict`, in the shapes from before sharding."""
-        return restore_scalars(model, super().get_state_dict(model, unwrap=unwrap))
+        """The full state as `Accelerator.get_state_dict`, in the shapes from before sharding.
+
+        Tied weights of transformers' models are one tensor, so that `save_pretrained` stores them once.
+        """
+        state = restore_scalars(model, super().get_state_dict(model, unwrap=unwrap))
+        return share_tied(model, state) if is_pretrained(model) else state
 
     def _prepare_fsdp2(self, *args: Any) -> Any:
         # A second time: a Trainer's second train(), or its retry with a smaller batch.

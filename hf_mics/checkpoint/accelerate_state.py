@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hf_mics._hf_compat import prepared
-from hf_mics.checkpoint.contents import loader_batch_sizes, write_descriptions
+from hf_mics.checkpoint.contents import loader_batch_sizes, write_descriptions, write_index
 from hf_mics.checkpoint.folder import rotate
 from hf_mics.checkpoint.mark import Mark
 from hf_mics.checkpoint.resuming import check_checkpoint, continue_random_state, newest_for_all
@@ -55,6 +55,7 @@ def save_state(
             project.automatic_checkpoint_naming = automatic
         if is_main() and models:
             write_descriptions(folder, models[0], companions)
+            write_index(folder, models[0])
 
     save_checkpoint(accelerator, target, write, models=models, optimizers=optimizers)
     if automatic and is_main():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -12,6 +14,7 @@ from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.utils import WEIGHTS_INDEX_NAME
 
 from hf_mics._hf_compat import prepared
 from hf_mics.checkpoint.mark import ModelNote, OptimizerNote
@@ -36,6 +39,15 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         if kept != name:
             tied[_canonical(name)] = _canonical(kept)
     return tied
+
+
+def share_tied(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The full `state` of a sharded `model` with one tensor under all names of a tied weight, as before sharding.
+
+    Each name was gathered by itself. Who writes the state tells by the tensor that its bytes are the same.
+    """
+    tied = tied_names(model)
+    return {name: state.get(tied.get(name, name), value) for name, value in state.items()}
 
 
 def _canonical(name: str) -> str:
@@ -115,6 +127,36 @@ def write_descriptions(folder: Path, model: nn.Module, others: Iterable[Any] = (
             described.generation_config.save_pretrained(folder)
     for other in others:
         other.save_pretrained(folder)
+
+
+def loads_from_full_state(model: nn.Module) -> bool:
+    """Whether `from_pretrained` could load the full state of `model` as accelerate stores it.
+
+    Not an adapter, which PEFT stores under other names, nor parameters without dimensions, which sharding gives one.
+    """
+    return is_pretrained(model) and not scalar_names(model)
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers', whose `save_pretrained` knows tied weights."""
+    # Who has built one has loaded this module; others need not wait for it.
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return loaded is not None and isinstance(plain(model), loaded.PreTrainedModel)
+
+
+def write_index(folder: Path, model: nn.Module) -> None:
+    """Lets `from_pretrained` find the full state in `folder`: an index of weights in parts, of which there is one.
+
+    So a checkpoint holds the weights once and no second time under the name that transformers gives them.
+    """
+    path = model_file(folder, 0)
+    if not path.is_file() or not loads_from_full_state(model):
+        return
+    state = load_whole(path)
+    names = {name: path.name for name, value in state.items() if isinstance(value, torch.Tensor)}
+    total = sum(state[name].nbytes for name in names.keys() - tied_names(model).keys())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def state_format(folder: Path, index: int = 0) -> str | None:

@@ -29,7 +29,7 @@ SMALLEST_SHARD_BYTES = 32 * 2**20
 
 # Training state, in the names of accelerate and transformers; everything else in a checkpoint describes the model.
 _NOT_DESCRIPTIONS = (
-    MARK_NAME, ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors", "*.safetensors.index.json",
+    MARK_NAME, ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors", "*.index.json",
     "trainer_state.json", "README.md",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,9 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import nn
 
-from hf_mics._hf_compat import loading_each_module_once
+from hf_mics._hf_compat import changed_full_state, loading_each_module_once
 from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer, newest
-from hf_mics.checkpoint.contents import optimizer_class, present_shapes, state_format, trained_parameters
+from hf_mics.checkpoint.contents import optimizer_class, present_shapes, share_tied, state_format, trained_parameters
 from hf_mics.checkpoint.mark import Mark, read_mark
 from hf_mics.checkpoint.prompts import learns_a_prompt
 from hf_mics.checkpoint.saving import format_of, is_main, storage_for
@@ -99,6 +100,7 @@ def around_checkpoint_function(
     with contextlib.ExitStack() as settings:
         settings.enter_context(storage_for(accelerator, model))
         settings.enter_context(loading_each_module_once())
+        settings.enter_context(changed_full_state(functools.partial(share_tied, model)))
         if folder:
             settings.enter_context(in_format(plugin, state_format(folder) or format_of(plugin)))
         if folder and not is_model:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_mics._hf_compat import CHECKPOINT_FUNCTIONS, run_checkpoint_functions_inside, wrap_once
 from hf_mics.checkpoint.check import check_folder
-from hf_mics.checkpoint.contents import write_descriptions
+from hf_mics.checkpoint.contents import loads_from_full_state, write_descriptions, write_index
 from hf_mics.checkpoint.folder import rotate
 from hf_mics.checkpoint.prompts import computed_prompts, learns_a_prompt
 from hf_mics.checkpoint.resuming import (
@@ -110,6 +110,8 @@ def _save_checkpoint(stock: Method, trainer: Any, model: Any, trial: Any) -> Non
     def write(folder: Path) -> None:
         with _redirected(trainer, folder.parent):
             stock(model, trial)
+        if is_main():
+            write_index(folder, trainer.model)
         best = trainer.state.best_model_checkpoint
         if best and Path(best).absolute() == folder.absolute():
             trainer.state.best_model_checkpoint = str(target)
@@ -143,12 +145,19 @@ def _is_redirected(trainer: Any) -> bool:
 def _save_model(stock: Method, trainer: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     folder = output_dir if output_dir is not None else trainer.args.output_dir
-    if _is_redirected(trainer) and format_of(plugin) == "sharded":
+    if _is_redirected(trainer) and _saves_weights_later(trainer):
         together(f"could not write to {folder}", lambda: _describe(trainer, Path(str(folder))))
         return
     # The Trainer writes nothing, and says nothing, while the plugin is set to sharded state.
     with in_format(plugin, "full"), computed_prompts(trainer.model):
         together(f"could not save the model to {folder}", lambda: stock(output_dir, _internal_call))
+
+
+def _saves_weights_later(trainer: Any) -> bool:
+    """Whether the weights come into this checkpoint with the optimizer, in a form that needs none beside it."""
+    if format_of(trainer.accelerator.state.fsdp_plugin) == "sharded":
+        return True
+    return not trainer.args.save_only_model and loads_from_full_state(trainer.model)
 
 
 def _describe(trainer: Any, folder: Path) -> None:

@@ -68,6 +68,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     return folder, run_ranks(save_models, 4, str(folder))[0]
 
 
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "clip"])
+def test_full_state_loads_bit_equal_as_it_is(saved: Any, name: str) -> None:
+    folder, weights = saved
+    model, said = CLASSES[name].from_pretrained(folder / f"{name}_full", output_loading_info=True)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights[name].items())
+
+
 @pytest.mark.parametrize("form", ["sharded", "full"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_exported_folder_loads_bit_equal(saved: Any, tmp_path: Path, name: str, form: str) -> None:

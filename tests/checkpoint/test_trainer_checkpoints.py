@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_mics.checkpoint.export import export_checkpoint
@@ -192,6 +193,26 @@ def test_checkpoint_and_saved_model_hold_what_from_pretrained_needs(trained: Any
     assert mark.state_format == form
     model = GPT2LMHeadModel.from_pretrained(folder / f"{form}_model").state_dict()
     assert all(torch.equal(model[name], value) for name, value in saved[form]["weights"].items())
+
+
+def test_full_state_holds_the_weights_once_and_loads_with_from_pretrained(trained: Any) -> None:
+    _, saved, _ = trained
+    best = Path(saved["full"]["best"])
+    assert not list(best.glob("*.safetensors"))
+    state = torch.load(best / "pytorch_model_fsdp.bin")
+    assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+    model, said = GPT2LMHeadModel.from_pretrained(best, output_loading_info=True)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in saved["full"]["weights"].items())
+
+
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_saved_model_holds_tied_weights_once(trained: Any, form: str) -> None:
+    with safe_open(trained[0] / f"{form}_model" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "transformer.wte.weight" in names
+    assert "lm_head.weight" not in names
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
