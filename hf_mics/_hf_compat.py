@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, fsdp_utils
 from torch import nn
 from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint import state_dict as dcp_state
 
 from hf_mics._torch_compat import find_units, is_root, without_wrappers
 
@@ -106,6 +107,31 @@ def loading_each_module_once() -> AbstractContextManager[None]:
         return former(model, state, adapter_only=adapter_only, sd_options=sd_options)
 
     return replaced((fsdp_utils, "_set_model_state_dict", set_state))
+
+
+def loading_no_empty_groups() -> AbstractContextManager[None]:
+    """Inside, accelerate loads an optimizer without its groups that hold no parameter; they stay as they are.
+
+    A Trainer makes such groups where no parameter is subject to weight decay: biases or layer norms alone. torch 2.13
+    loads one of them, loses its settings, for which the next step asks, and refuses two.
+    """
+    former = dcp_state.set_optimizer_state_dict
+
+    def set_state(model: nn.Module, optimizers: Any, optim_state_dict: Any, **options: Any) -> None:
+        groups = list(optimizers.param_groups)
+        optimizers.param_groups[:] = [group for group in groups if group["params"]]
+        # Full state is on rank 0 alone.
+        if optim_state_dict:
+            loaded = [group for group in optim_state_dict["param_groups"] if group["params"]]
+            optim_state_dict = {**optim_state_dict, "param_groups": loaded}
+        try:
+            former(model, optimizers, optim_state_dict, **options)
+        finally:
+            for place, group in enumerate(groups):
+                if not group["params"]:
+                    optimizers.param_groups.insert(place, group)
+
+    return replaced((dcp_state, "set_optimizer_state_dict", set_state))
 
 
 def changed_full_state(change: Callable[[dict[str, Any]], dict[str, Any]]) -> AbstractContextManager[None]:

@@ -47,7 +47,9 @@ def share_tied(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     Each name was gathered by itself. Who writes the state tells by the tensor that its bytes are the same.
     """
     tied = tied_names(model)
-    return {name: state.get(tied.get(name, name), value) for name, value in state.items()}
+    # The state of a compiled model has its names with a prefix.
+    held = {_canonical(name): value for name, value in state.items()}
+    return {name: held.get(tied.get(_canonical(name), ""), value) for name, value in state.items()}
 
 
 def _canonical(name: str) -> str:

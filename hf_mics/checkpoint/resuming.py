@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import nn
 
-from hf_mics._hf_compat import changed_full_state, loading_each_module_once
+from hf_mics._hf_compat import changed_full_state, loading_each_module_once, loading_no_empty_groups
 from hf_mics.checkpoint.check import check_folder, check_model, check_optimizer, newest
 from hf_mics.checkpoint.contents import optimizer_class, present_shapes, share_tied, state_format, trained_parameters
 from hf_mics.checkpoint.mark import Mark, read_mark
@@ -106,24 +106,8 @@ def around_checkpoint_function(
         if folder and not is_model:
             index = options.get("optimizer_index", rest[3] if len(rest) > 3 else 0)
             settings.enter_context(_without_stateless(main_decides(lambda: _stateless(folder, index)), model, rest[0]))
-            settings.enter_context(_kept_settings(rest[0]))
+            settings.enter_context(loading_no_empty_groups())
         return together(what, lambda: original(plugin, accelerator, *rest, **options))
-
-
-@contextlib.contextmanager
-def _kept_settings(optimizer: Any) -> Iterator[None]:
-    """What the groups of `optimizer` lack at the end, they get as it was before.
-
-    Loading empties a group without parameters (torch 2.13), as the Trainer makes where no parameter is subject to
-    weight decay: biases or layer norms alone. The next step asks every group for its settings.
-    """
-    former = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    try:
-        yield
-    finally:
-        for group, settings in zip(optimizer.param_groups, former, strict=True):
-            for name, value in settings.items():
-                group.setdefault(name, value)
 
 
 def _stateless(folder: Path, index: int) -> list[str]:

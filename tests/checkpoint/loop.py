@@ -23,7 +23,9 @@ def start(partition: int, state_format: str, dropout: float = 0.0) -> tuple[MiCS
     accelerator = fresh_accelerator(gradient_accumulation_steps=ACCUMULATION, mics_plugin=plugin)
     torch.manual_seed(0)
     model = tiny.gpt2(dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    # Scripts that sort parameters into groups leave some of these empty.
+    groups = [{"params": []}, {"params": list(model.parameters())}, {"params": []}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     loader = DataLoader(
         TensorDataset(tiny.token_rows(ROWS)),

@@ -82,6 +82,7 @@ def test_full_state_loads_bit_equal_as_it_is(saved: Any, name: str) -> None:
 def test_exported_folder_loads_bit_equal(saved: Any, tmp_path: Path, name: str, form: str) -> None:
     folder, weights = saved
     assert main(["export", str(folder / f"{name}_{form}"), str(tmp_path / "out")]) == 0
+    assert not list((tmp_path / "out").glob("*.bin*"))
     model, said = CLASSES[name].from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
