@@ -170,12 +170,10 @@ def prepare_beside_sharded(accelerator: Accelerator, model: nn.Module, *args: An
     """`Accelerator._prepare_fsdp2` for a model that it has sharded before, whose optimizer has the sharded parameters.
 
     Accelerate would look for the optimizer's parameters by address, where parameters that an evaluation has left
-    gathered are missing, and empty shards are all alike. An optimizer made since that evaluation has the gathered ones,
-    which no gradient reaches, and is given the sharded ones in their place.
+    gathered are missing, and empty shards are all alike.
     """
-    sharded = {found: param for unit in find_units(model) for found, param in unit.sharded_of.items()}
     for optimizer in (arg for arg in args if isinstance(arg, torch.optim.Optimizer)):
-        give_parameters(optimizer, [[sharded.get(id(p), p) for p in g["params"]] for g in optimizer.param_groups])
+        give_sharded_parameters(optimizer, model)
     first = [arg if arg is model else accelerator._prepare_one(arg, first_pass=True) for arg in args]
     result = tuple(arg if arg is model else accelerator._prepare_one(arg) for arg in first)
     if model not in accelerator._models:
@@ -217,6 +215,15 @@ class Prepared(NamedTuple):
 def prepared(accelerator: Any) -> Prepared:
     """The lists of `accelerator`, which grow when it prepares more."""
     return Prepared(accelerator._models, accelerator._optimizers, accelerator._schedulers, accelerator._dataloaders)
+
+
+def give_sharded_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Makes an `optimizer` that was made while parameters of `model` were gathered train the sharded ones.
+
+    An evaluation leaves the root's gathered, which no gradient reaches.
+    """
+    sharded = {found: param for unit in find_units(model) for found, param in unit.sharded_of.items()}
+    give_parameters(optimizer, [[sharded.get(id(p), p) for p in g["params"]] for g in optimizer.param_groups])
 
 
 def give_parameters(optimizer: torch.optim.Optimizer, of_groups: Iterable[list[nn.Parameter]]) -> None:

@@ -14,9 +14,16 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_mics._hf_compat import is_switched_on, join_launched_job, leave_mics_state, unchanged_fsdp_switch
+from hf_mics._hf_compat import (
+    give_sharded_parameters,
+    is_switched_on,
+    join_launched_job,
+    leave_mics_state,
+    unchanged_fsdp_switch,
+)
 from hf_mics._trainer_compat import accelerator_class, replaced_accelerator, report_first, run_constructors_inside
 from hf_mics.accelerator import MiCSAccelerator
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, remove_mics
@@ -111,6 +118,8 @@ class MiCSCallback(TrainerCallback):
                 "each its own MiCSCallback()."
             )
         if not is_under_mics(model):
+            # Not through a MiCSAccelerator, which does this when it prepares the two.
+            give_sharded_parameters(kwargs["optimizer"], model)
             self._apply(model, args)
         self._run = TrainRun(model, trainer.accelerator)
 
@@ -150,10 +159,17 @@ class MiCSCallback(TrainerCallback):
             state.log_history[-1].update(self._figures)
             self._figures = {}
 
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """Leaves evaluation out of the step times."""
+    def on_evaluate(self, *_: Any, **kwargs: Any) -> None:
+        """Leaves evaluation out of the step times; outside training it leaves no parameter gathered."""
         if self._run:
             self._run.meter.skip_pause()
+        else:
+            _reshard(kwargs["model"])
+
+    def on_predict(self, *_: Any, **kwargs: Any) -> None:
+        """Leaves no parameter gathered outside training."""
+        if not self._run:
+            _reshard(kwargs["model"])
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Leaves saving out of the step times."""
@@ -165,6 +181,7 @@ class MiCSCallback(TrainerCallback):
         self._stop()
         if self._owns_mics and is_under_mics(kwargs["model"]):
             remove_mics(kwargs["model"])
+        _reshard(kwargs["model"])
 
     def _collect(self, control: TrainerControl) -> None:
         # Here and not in on_log, which a script may call on one rank: collecting is a collective.
@@ -204,6 +221,13 @@ class TrainRun:
         """Takes everything off the model and the accelerator."""
         self.meter.close()
         self.losses.close()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Frees the parameters that an evaluation has left gathered: whoever makes an optimizer next would train those."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
@@ -86,11 +87,14 @@ def test_a_second_train_and_evaluation_and_prediction_between_go_on_as_under_ddp
     def use(trainer: Trainer) -> None:
         trainer.train()
         seen.append([trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset).predictions])
+        gathered.append([name for name, p in trainer.model.named_parameters() if not isinstance(p, DTensor)])
         trainer.train()
 
+    gathered: list[list[str]] = []
     counter = Hop2Calls()
     as_under_ddp(layout, use)
     (stock_loss, stock_logits), (loss, logits) = seen
+    assert not gathered[1]
     assert loss == pytest.approx(stock_loss, rel=TOLERANCE)
     assert torch.as_tensor(logits).allclose(torch.as_tensor(stock_logits), atol=10 * TOLERANCE)
     trainer = trainer_of(layout, counter)
@@ -179,6 +183,26 @@ def test_a_second_trainer_of_a_model_that_was_just_evaluated_goes_on_as_under_dd
         results.append(weights(second))
     assert_same(results[1], {name.removeprefix("module."): weight for name, weight in results[0].items()})
     assert check_folder(Path(args.output_dir) / "checkpoint-3")
+
+
+@on_ranks(LAYOUT)
+def test_a_second_trainer_of_an_evaluated_model_that_transformers_sharded_trains_as_under_ddp(layout: Layout) -> None:
+    folder, results = shared_folder(), []
+    if dist.get_rank() == 0:
+        tiny.build("llama").save_pretrained(folder)
+    dist.barrier()
+    at_load_time = DistributedConfig(fsdp_size=2, dp_replicate_size=2)
+    # The first Trainer has no callback that would leave the model sharded after its evaluation.
+    for config, callbacks in ((None, []), (at_load_time, [MiCSCallback()])):
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+        data = {"train_dataset": make_dataset(), "eval_dataset": make_dataset()[8::9]}
+        first = Trainer(model=model, args=trainer_of(None).args, **data)
+        first.train()
+        first.evaluate()
+        second = Trainer(model=model, args=trainer_of(None).args, callbacks=callbacks, **data)
+        second.train()
+        results.append({n: p.full_tensor() if config else p.clone() for n, p in second.model.named_parameters()})
+    assert max((results[1][name] - value).abs().max().item() for name, value in results[0].items()) <= TOLERANCE
 
 
 @on_ranks(LAYOUT)
