@@ -38,7 +38,12 @@ def record(configuration: Configuration, seconds: float, **values: object) -> Re
 
 def headline(seconds_of: dict[str, float]) -> list[Record]:
     return [
-        record(run, seconds_of.get(run.variant, 8.0), gradient_bytes=4000 if "no-sync" in run.variant else 1000)
+        record(
+            run,
+            seconds_of.get(run.variant, 8.0),
+            gradient_bytes=4000 if "no-sync" in run.variant else 1000,
+            training_rss_bytes=1_000_000 if run.variant == "no-communication" else 5_000_000,
+        )
         for run in EXPERIMENTS["headline"].runs()
     ]
 
@@ -66,11 +71,20 @@ def test_the_bound_is_bytes_over_the_rate_plus_computing():
 
 
 def test_a_peer_that_wins_is_named():
-    runs = list(summarize(headline({"mics-p2": 2.0, "accelerate-hybrid-no-sync-p2": 1.9})).values())
+    """The bound without communication is no peer: it trains other models."""
+    seconds = {"mics-p2": 2.0, "accelerate-hybrid-no-sync-p2": 1.9, "no-communication": 0.2}
+    runs = list(summarize(headline(seconds)).values())
     assert claims.other_side(runs) == [
         "- accelerate hybrid, no_sync, p = 2 is faster than hf_mics, p = 2: 1.90 s against 2.00 s per step",
         "- memory: training adds 5 MB to a rank under hf_mics, p = 2, the least of all",
     ]
+
+
+def test_mics_without_one_of_its_techniques_or_with_bf16_on_the_wire_does_not_speak_for_it():
+    mics = Configuration(system="mics", partition_size=4)
+    whole = one(mics)
+    others = [{"two_hop": False}, {"hierarchical": False}, {"wire": "bfloat16"}]
+    assert claims.best_mics([whole, *(one(replace(mics, **other), 0.5) for other in others)]) is whole
 
 
 def test_whole_replicas_are_no_rival_of_full_sharding_and_stand_beside_ddp():
@@ -112,6 +126,15 @@ def test_bytes_beyond_3_percent_of_the_prediction_are_a_miss():
     far = one(replace(mics, wire="bfloat16"), expected_nic_bytes={"hop1": 9e5, "hop2": 0.0})
     assert "largest of 1 configurations (hf_mics, p = 4): **+2.04%** (target within 3%: met)" in claims.wire([near])[0]
     assert "bf16 wire): **+11.11%** (target within 3%: **missed**)" in claims.wire([near, far])[0]
+    less = one(replace(mics, hierarchical=False), expected_nic_bytes={"hop1": 2e6, "hop2": 0.0})
+    assert "**-50.00%** (target within 3%: **missed**)" in claims.wire([near, far, less])[0]
+
+
+def test_one_run_whose_losses_differ_is_a_miss():
+    mics = Configuration(system="mics", partition_size=4)
+    same, other = one(mics), one(replace(mics, wire="bfloat16"), losses=[7.1] * (mics.warm_up_steps + mics.steps))
+    assert claims.losses([same]) == ["- runs whose every loss is within the tolerance: **1 of 1** (target all: met)"]
+    assert "**1 of 2** (target all: **missed**)" in claims.losses([same, other])[0]
 
 
 @pytest.mark.parametrize(("node_size", "hop2_mb", "where"), [

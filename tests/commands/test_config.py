@@ -112,6 +112,7 @@ def test_the_recipes_configs_have_no_mistakes(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "| A0 " in out
     assert "layers: found by hf_mics" in out
+    assert ("no main_process_ip" in out) == ("num_machines: 1\n" not in path.read_text())
 
 
 GOOD: dict[str, Any] = {
@@ -185,6 +186,7 @@ def sizes(**values: Any) -> dict[str, Any]:
             "fsdp_config: unknown key num_processes, read as fsdp_num_processes (accelerate drops it without a word)",
         ),
         (changed("fsdp_config", fsdp_min_num_params="abc"), "fsdp_min_num_params must be a whole number in digits"),
+        (changed("fsdp_config", fsdp_min_num_params=-1), "fsdp_min_num_params must be a whole number in digits"),
         (changed("fsdp_config", min_num_params=1e8), "fsdp_min_num_params must be a whole number in digits"),
         (
             changed("fsdp_config", fsdp_transformer_layer_cls_to_wrap=["GPT2Block", "OPTBlock"]),
@@ -204,6 +206,7 @@ def sizes(**values: Any) -> dict[str, Any]:
         (changed("fsdp_config", fsdp_offload_params="maybe"), "must be true or false, got 'maybe'"),
         (changed("fsdp_config", fsdp_offload_params=None), "fsdp_offload_params must be true or false, got None"),
         (changed("fsdp_config", fsdp_reshard_after_forward="FULL_SHARD"), "must be true or false, got 'FULL_SHARD'"),
+        (changed("fsdp_config", fsdp_activation_checkpointing_offload="no!"), "must be true or false, got 'no!'"),
         (
             changed("fsdp_config", fsdp_activation_checkpointing_offload=True),
             "fsdp_activation_checkpointing_offload needs fsdp_activation_checkpointing: true",
@@ -325,6 +328,7 @@ def test_a_good_config_is_explained(tmp_path: Path, capsys: pytest.CaptureFixtur
         (changed("fsdp_config", fsdp_reshard_after_forward=False), "parameters stay gathered until backward"),
         (changed(None, parallelism_config=...), "no dp_shard_size: a node of 8 is the partition group"),
         (changed("fsdp_config", fsdp_transformer_layer_cls_to_wrap="BertLayer"), "layers: every BertLayer"),
+        (changed("fsdp_config", fsdp_auto_wrap_policy="SIZE_BASED_WRAP"), "layers: found by hf_mics"),
     ],
 )
 def test_what_accelerate_leaves_unsaid_is_noted(

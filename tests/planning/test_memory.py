@@ -106,6 +106,31 @@ def test_sharding_divides_the_model_state_and_nothing_else():
     assert two["optimizer"] == 2 * two["parameters"] == 8 * padded_total(workload.model, 2) / 2
 
 
+def test_what_is_gathered_and_reduced_at_the_peak_depends_on_where_it_is():
+    def memory(layers: int, vocab: int, seq_length: int, partition: int) -> tuple[Any, dict[str, int]]:
+        model = shape("llama", layers, 256, vocab, tied_embeddings=False)
+        units = {unit.kind: 2 * unit.padded_numel(partition) for unit in model.units}
+        workload = Workload(model=model, seq_length=seq_length, micro_batch=8 if seq_length > 8 else 1)
+        return peak_memory(workload, groups(partition)), units
+
+    peak, units = memory(3, 8192, 128, 8)
+    assert peak.moment == "loss"
+    assert peak.memory_bytes["communication"] == units["root"] + units["head"]
+    peak, units = memory(6, 6000, 8, 2)
+    assert peak.moment == "backward of the first layer, end"
+    assert units["layer"] < units["embedding"] < 2 * units["layer"]
+    assert peak.memory_bytes["communication"] == units["root"] + units["embedding"] + 2 * units["layer"]
+    peak, units = memory(1, 32000, 8, 1)
+    assert peak.moment == "optimizer step"
+    assert peak.memory_bytes["gradients"] == 2 * sum(units.values())
+    tied = Workload(model=find_model("gpt2-xl"), seq_length=1024)
+    peak, layers = peak_memory(tied, groups(16)), [unit for unit in tied.model.units if unit.kind == "layer"]
+    assert peak.moment == "end of backward"
+    # The tied table's is there three times: the sum, the head's part and the embedding's.
+    table = 2 * tied.model.vocab_size * tied.model.hidden_size
+    assert peak.memory_bytes["gradients"] == sum(4 * unit.padded_numel(16) / 16 for unit in layers) + 3 * table
+
+
 def test_partial_sums_stay_sharded_between_micro_steps():
     """With accumulation a GPU holds one fp32 sum per parameter of its shard, however many micro-steps there are."""
     workload = Workload(model=find_model("gpt2-xl"), seq_length=1024, accumulation=1)
@@ -137,7 +162,9 @@ def test_cpu_offload_leaves_on_the_gpu_only_the_sums_that_wait_for_hop_2(
     assert offloaded.host_bytes == 4 * shard, "parameters, gradients and AdamW's two values"
     assert offloaded.memory_bytes["parameters"] == offloaded.memory_bytes["optimizer"] == 0
     # Unsharded gradients of one of 62 layers and of the tied embedding, and one layer's on their way to the host.
-    assert waiting * shard <= offloaded.memory_bytes["gradients"] < (waiting + 0.4) * shard
+    model, layer = workload.model, workload.model.units[-1].padded_numel(partition)
+    there = 2 * model.vocab_size * model.hidden_size + 2 * layer + 4 * layer / partition
+    assert offloaded.memory_bytes["gradients"] == waiting * shard + there
     # Backward of the last layer with and without the state: nothing else differs but what leaves.
     assert offloaded.total_bytes < here.total_bytes - (3 + (1 - waiting) * (accumulation > 1)) * shard + 0.1 * shard
     with pytest.raises(ConfigError, match="leave out --cpu-offload"):
@@ -159,9 +186,13 @@ def test_peers_keep_what_their_sharding_says():
     n = workload.model.num_parameters
     ddp = peak_memory(workload, groups(1), system="ddp").memory_bytes
     assert (ddp["parameters"], ddp["optimizer"], ddp["gradients"]) == (4 * n + 2 * n, 8 * n, 4 * n)
+    assert ddp["communication"] == 50 * 2**20, "two buckets of 25 MiB"
     zero3, zero2 = (peak_memory(workload, groups(16), system=system) for system in ("zero3", "zero2"))
     whole_copy = zero2.memory_bytes["parameters"] - zero3.memory_bytes["parameters"]
     assert whole_copy == 2 * n
     assert zero2.memory_bytes["communication"] <= zero3.memory_bytes["communication"]
     hybrid, mics = (peak_memory(workload, groups(16), system=system).total_bytes for system in ("hsdp", "mics"))
     assert hybrid <= mics, "MiCS has the buffers of two-stage collectives on top"
+    workload, topology = CASES["wide gpt over two nodes"]
+    hybrid, mics = (peak_memory(workload, topology, system=system).total_bytes for system in ("hsdp", "mics"))
+    assert mics - hybrid == 2 * workload.model.units[-1].padded_numel(16) / 8, "one shard for each node of the group"

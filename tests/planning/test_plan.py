@@ -10,7 +10,7 @@ import pytest
 from hf_mics.errors import ConfigError
 from hf_mics.planning.instances import instance_cluster
 from hf_mics.planning.models import find_model
-from hf_mics.planning.plan import Plan, Request, make_plan
+from hf_mics.planning.plan import DEFAULT_RESERVE_BYTES, Plan, Request, make_plan
 from hf_mics.planning.workload import ModelShape, Workload
 
 
@@ -68,6 +68,22 @@ def test_every_size_that_forms_groups_is_a_candidate():
         assert candidate.fits or "GB too much" in candidate.why_not
 
 
+def test_of_sizes_whose_times_differ_by_less_than_1_percent_the_smallest_is_chosen():
+    plan = make_plan(request("gpt2-xl", "p4d.24xlarge", 1))
+    middles = {candidate.partition_size: candidate.middle_s for candidate in plan.candidates}
+    assert min(middles, key=middles.__getitem__) == 8
+    assert middles[1] > 1.01 * middles[8] > middles[2]
+    assert plan.choice.partition_size == 2
+
+
+def test_traffic_is_that_of_the_cluster_s_own_backend():
+    """Over gloo a flat group's scatter is an exchange, which crosses nodes more often than NCCL's ring."""
+    nccl = replace(plan_of().request, hierarchical=False)
+    gloo = replace(nccl, cluster=replace(nccl.cluster, backend="gloo"))
+    ring, exchange = (make_plan(r).candidates[-1].traffic["hop1_reduce_scatter"] for r in (nccl, gloo))
+    assert exchange.nic_per_node == pytest.approx(ring.nic_per_node * 8 * 120 / 127)
+
+
 def test_what_would_change_the_choice_does():
     plan = plan_of()
     assert any(text.endswith("more on every GPU: 4 would fit") for text in plan.would_change)
@@ -77,16 +93,21 @@ def test_what_would_change_the_choice_does():
     assert next(c.partition_size for c in changed.candidates if c.fits) == 4
 
 
-def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help():
+@pytest.mark.parametrize("reserve_bytes", [DEFAULT_RESERVE_BYTES, 10e9])
+def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help(reserve_bytes: float):
+    def plan_on(nodes: int) -> Plan:
+        asked = request("gpt-175b", "p4d.24xlarge", nodes, seq_length=2048, micro_batch=1)
+        return make_plan(replace(asked, reserve_bytes=reserve_bytes))
+
     with pytest.raises(ConfigError) as error:
-        make_plan(request("gpt-175b", "p4d.24xlarge", 2, seq_length=2048, micro_batch=1))
+        plan_on(2)
     words = str(error.value)
     assert "174.6B parameters) fits at no partition size on 2 x 8 A100-40GB" in words
     assert "GB too much" in words
     nodes = int(words.rpartition(" nodes")[0].rpartition(" ")[2])
-    assert make_plan(request("gpt-175b", "p4d.24xlarge", nodes, seq_length=2048, micro_batch=1)).choice.fits
+    assert plan_on(nodes).choice.fits
     with pytest.raises(ConfigError, match="fits at no partition size"):
-        make_plan(request("gpt-175b", "p4d.24xlarge", nodes // 2, seq_length=2048, micro_batch=1))
+        plan_on(nodes // 2)
 
 
 def test_activation_checkpointing_is_named_where_it_would_make_the_model_fit():
@@ -147,7 +168,17 @@ def test_fast_networks_are_said_to_have_nothing_to_win():
     fast = make_plan(request("llama-8b", "p5.48xlarge", 8, seq_length=8192, micro_batch=1, precision="bf16")).network
     assert "nothing to win on this network" in fast
     assert "x the speed of sharding over all 64 GPUs (ZeRO-3), whose gathers hide behind computing" in fast
+    filled = make_plan(request("gpt-100b", "p4d.24xlarge", 16, **LONG)).network
+    assert "because the model fills 8 of 16 nodes, so that both wait for the network" in filled
     assert make_plan(request("bert-10b", "p3dn.24xlarge", 1)).network == "", "there is no network on one node"
+
+
+def test_what_mics_has_to_win_is_said_of_the_collectives_that_were_asked_for():
+    staged = request("bert-50b", "p3dn.24xlarge", 16)
+    assert make_plan(staged).network.startswith("MiCS is predicted to be 1.")
+    flat = make_plan(replace(staged, hierarchical=False))
+    assert flat.choice.partition_size > 8
+    assert flat.network != make_plan(staged).network
 
 
 @pytest.mark.parametrize(("system", "sizes"), [("zero3", [128]), ("hsdp", [1, 2, 4, 8, 16, 32, 64, 128])])

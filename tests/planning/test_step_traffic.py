@@ -115,6 +115,9 @@ def test_peers_differ_from_mics_in_what_the_design_says():
     hybrid = predict_step(small(), topology(4, 2, 2), system="hsdp")
     assert hybrid.hop1_bytes == mics.hop1_bytes
     assert hybrid.hop2_bytes == 3 * mics.hop2_bytes, "an all-reduce in each of 3 micro-steps"
+    assert hybrid.nic_bytes == {phase: (3 if "hop2" in phase else 1) * size for phase, size in mics.nic_bytes.items()}
+    spanning = predict_step(small(), topology(4, 2, 4), system="hsdp")
+    assert spanning == predict_step(small(), topology(4, 2, 4), hierarchical=False), "flat, as FSDP2's own"
     zero3 = predict_step(small(), topology(4, 2, 4), system="zero3")
     assert set(zero3.per_rank) == {("all_gather", "partition"), ("reduce_scatter", "partition")}, "flat"
     zero2 = predict_step(small(), topology(4, 2, 4), system="zero2")

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.planning.cluster import Cluster, Link, Range
+from hf_mics.planning.collective_times import unit_loads
 from hf_mics.planning.instances import instance_cluster
 from hf_mics.planning.schedule import Segment, Stage, micro_step_s
 from hf_mics.planning.timing import Implementation, System, predict, predict_at, step_flops, time_notes
 from hf_mics.planning.workload import ModelShape, Workload
 from hf_mics.throughput import flops_per_token
-from hf_mics.topology import valid_partition_sizes
+from hf_mics.topology import Topology, valid_partition_sizes
 
 GPT = ModelShape(
     name="gpt",
@@ -115,6 +116,15 @@ def test_hop_2_alone_takes_its_bytes_over_the_node_s_interface_once_per_step(p: 
         assert found == pytest.approx((hop1 - 4 * GPT.units[0].padded_numel(p) * 2 * 24 / 32) / bandwidth, rel=1e-3)
 
 
+def test_a_ring_through_both_links_is_as_slow_as_the_one_inside_the_node():
+    """Flat gathers of 32, and hop 2 where replicas share a node: all that a GPU sends goes over its own link."""
+    slow = exact(intra_node=link(1e6))
+    root = GPT.units[0].padded_numel(32)
+    volume = 4 * 2 * 31 / 32 * (2 * root + 3 * (padded_bytes(32, 1) - root))
+    assert seconds(slow, partition_size=32, hierarchical=False) == pytest.approx(volume / 1e6, rel=1e-3)
+    assert seconds(slow, partition_size=1) == pytest.approx(2 * 31 / 32 * padded_bytes(1) / 1e6, rel=1e-3)
+
+
 def test_latency_is_paid_per_step_of_each_algorithm():
     """m-1 between nodes, and inside k-1 hierarchically or p-m flat; 2 log2(r) for NCCL's all-reduce."""
     one_layer = replace(GPT, num_layers=1)
@@ -135,6 +145,17 @@ def test_latency_is_paid_per_step_of_each_algorithm():
     slow = exact(inter_node=link(1e30, 10.0), intra_node=link(1e30, 100.0), compute_efficiency=Range.over(1.0))
     # Hop 2 alone, of the layer and then of the root, over 32 ranks.
     assert whole_seconds(partition_size=1) == 2 * 2 * 5 * 10
+    # Over gloo the 4 gathers and scatters inside a node run one by one, and hop 2 is a ring.
+    slow = replace(slow, backend="gloo")
+    assert whole_seconds(partition_size=32) == 5 * (3 * 10 + 4 * 7 * 100)
+    assert whole_seconds(partition_size=1) == 2 * 2 * 31 * 10
+
+
+def test_a_staged_scatter_is_a_staged_gather_backwards():
+    topology = Topology(world_size=32, node_size=8, partition_size=32)
+    loads = unit_loads(topology, 3200, 3200, hierarchical=True, backend="nccl")
+    assert [load.lane for load in loads.gather] == ["inter_node", "intra_node"]
+    assert [load.lane for load in loads.reduce] == ["intra_node", "inter_node"]
 
 
 @settings(max_examples=40)
@@ -170,6 +191,17 @@ def test_the_range_holds_every_point_inside_the_constants_ranges(p, speeds):
     point = predict_at(WORKLOAD, CLUSTER, rates, partition_size=p)
     assert step.step_s.low * (1 - 1e-12) <= point.step_s <= step.step_s.high * (1 + 1e-12)
     assert point.step_s == pytest.approx(point.compute_s + point.update_s + point.exposed_s)
+
+
+@pytest.mark.parametrize(("two_hop", "times"), [(True, 1), (False, 4)])
+def test_links_are_held_for_what_they_carry_hidden_or_not(two_hop: bool, times: int):
+    """Hop 2 of (4 replicas, 8): 2 x 3/4 of the model once a step, or in each of 4 micro-steps; hop 1 in every one."""
+    cluster = exact(intra_node=link(1e9), inter_node=link(1e9))
+    step = predict(WORKLOAD, cluster, partition_size=8, two_hop=two_hop)
+    root = GPT.units[0].padded_numel(8)
+    layers = padded_bytes(8, 1) - root
+    assert step.inter_node_s.low == pytest.approx(times * 2 * 3 / 4 * padded_bytes(8) / 1e9)
+    assert step.intra_node_s.low == pytest.approx(4 * 2 * 7 / 8 * (2 * root + 3 * layers) / 1e9)
 
 
 @pytest.mark.parametrize("p", SIZES)

@@ -34,10 +34,10 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]
     return {"train_file": [str(tmp_path / "a.txt")]}
 
 
-def prepare(text: dict, task: str, config, folder: Path, streaming: bool = False, **flags):
+def prepare(text: dict, task: str, config, folder: Path, streaming: bool = False, seed: int = 0, **flags):
     config.save_pretrained(folder / "config")
     arguments = BlockArguments(preset="none", model_config=str(folder / "config"), **flags)
-    return prepare_blocks(arguments, TextArguments(**text, streaming=streaming), task, seed=0)
+    return prepare_blocks(arguments, TextArguments(**text, streaming=streaming), task, seed)
 
 
 def test_a_masked_model_gets_a_wordpiece_tokenizer_and_its_padding(text, tmp_path: Path):
@@ -46,6 +46,17 @@ def test_a_masked_model_gets_a_wordpiece_tokenizer_and_its_padding(text, tmp_pat
     assert (blocks.config.pad_token_id, blocks.config.vocab_size) == (blocks.tokenizer.pad_token_id, 300)
     assert blocks.block_size == blocks.tokenizer.model_max_length == len(blocks.train[0]["input_ids"]) == 16
     assert blocks.learning_rate == 1e-4
+
+
+def test_the_tokenizer_has_not_seen_what_is_evaluated_of_which_there_is_as_much_as_was_asked_for(text, tmp_path: Path):
+    (tmp_path / "b.txt").write_text("\n".join(line.replace("e", "ж") for line in LINES))
+    config = BertConfig(vocab_size=300, max_position_embeddings=16, **TINY)
+    text = {**text, "validation_file": [str(tmp_path / "b.txt")]}
+    blocks = prepare(text, "masked", config, tmp_path, max_eval_blocks=3)
+    assert len(blocks.validation) == 3
+    unknown = blocks.tokenizer.unk_token_id
+    assert unknown in blocks.validation[0]["input_ids"]
+    assert unknown not in blocks.train[0]["input_ids"]
 
 
 def test_end_of_text_that_doubles_as_padding_is_trained_like_any_token(text, tmp_path: Path):
@@ -69,6 +80,10 @@ def test_a_stream_is_evaluated_on_rows_that_were_read_once(text, tmp_path: Path)
     assert isinstance(streamed.train, IterableDataset)
     assert isinstance(streamed.validation, Dataset)
     assert len(streamed.validation) == 3
+    other = prepare({**text, "validation_documents": 20}, "masked", config, tmp_path, True, seed=1)
+    orders = [[block["input_ids"] for block in blocks.train] for blocks in (streamed, streamed, other)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
 
 
 def test_roberta_trains_on_all_the_positions_it_has_and_no_more(text, tmp_path: Path):

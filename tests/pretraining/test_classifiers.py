@@ -94,6 +94,16 @@ def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path):
     for length in (2, 13):
         with pytest.raises(ConfigError, match=rf"--max_length must be from 3 to 12.*got {length}"):
             tokenize(rows, tokenizer, model, length)
+    tokenizer.model_max_length = 7  # what a model was pretrained on, of more positions
+    assert max(map(len, tokenize(rows, tokenizer, model, None)["input_ids"])) == 7
+
+
+def test_texts_are_cut_to_512_tokens_where_nobody_says_and_the_model_takes_more(tmp_path: Path):
+    model, tokenizer = load_classifier(save_bert(tmp_path), (), NAMES)
+    model.config.max_position_embeddings = tokenizer.model_max_length = 2000
+    rows = Dataset.from_dict({"text": ["one " * 1500], "label": [0]})
+    assert len(tokenize(rows, tokenizer, model, None)["input_ids"][0]) == 512
+    assert len(tokenize(rows, tokenizer, model, 1000)["input_ids"][0]) == 1000
 
 
 def test_what_cannot_be_fine_tuned_is_refused(tmp_path: Path):

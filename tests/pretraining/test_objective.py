@@ -48,6 +48,13 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole(label_smoothing: float):
     )
 
 
+def test_losses_of_bf16_logits_are_fp32():
+    logits, labels = masked_batch(torch.bfloat16)
+    loss = mean_cross_entropy(SimpleNamespace(logits=logits), labels)
+    assert loss.dtype == torch.float32
+    assert loss == mean_cross_entropy(SimpleNamespace(logits=logits.float()), labels)
+
+
 def test_a_micro_batch_without_labels_costs_nothing():
     logits, labels = masked_batch()
     for items in (None, 0, torch.tensor(0)):  # of this process, and of all of the optimizer step

@@ -39,10 +39,11 @@ def test_the_evaluation_reported_is_that_of_the_weights_saved(
         evaluate=evaluate,
         save_model=lambda folder: saved.update(model=folder),
         save_metrics=lambda split, metrics: saved.update({split: metrics}),
-        save_state=lambda: None,
+        save_state=lambda: saved.update(state="saved"),
         is_world_process_zero=lambda: False,
     )
     metrics = finish(trainer, "title", "token")
     assert metrics == saved["eval"] == {"eval_loss": expected_loss}
     assert len(evaluated) == evaluations
     assert saved["model"] == str(tmp_path / "model")
+    assert saved["state"] == "saved"

@@ -82,6 +82,12 @@ def test_held_out_documents_are_the_same_ones_every_time(tmp_path: Path):
     assert first == second
 
 
+def test_tokenizers_are_trained_on_the_first_documents_of_a_source_without_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hf_mics.pretraining.text.TOKENIZER_TRAINING_DOCUMENTS", 3)
+    documents = iterate_documents([{"text": text} for text in ["a", None, "b", "c"]], "text")
+    assert [list(documents) for _ in range(2)] == [["a", "", "b"]] * 2
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_packing_keeps_every_token_in_order_but_the_last_block(tokenizer: PreTrainedTokenizerFast, streaming: bool):
     dataset = Dataset.from_dict({"text": [*LINES[:20], "", "   ", *LINES[20:]]})
@@ -91,11 +97,19 @@ def test_packing_keeps_every_token_in_order_but_the_last_block(tokenizer: PreTra
     assert [token for block in blocks for token in block["input_ids"]] == stream[: len(stream) // 16 * 16]
 
 
+def test_documents_that_fill_a_block_exactly_lose_nothing(tokenizer: PreTrainedTokenizerFast):
+    num_tokens = len(tokenizer.encode(LINES[0])) + 1  # and the end of text
+    assert len(pack(Dataset.from_dict({"text": LINES[:1]}), tokenizer, num_tokens)) == 1
+
+
 def test_packing_for_bert_frames_every_block():
     tokenizer = train_wordpiece(LINES, 200)
     blocks = pack(Dataset.from_dict({"text": LINES}), tokenizer, 16)["input_ids"]
     inner = [token for line in LINES for token in [*tokenizer.encode(line, add_special_tokens=False), 3]]
     assert tokenizer.sep_token_id == 3
+    first = pack(Dataset.from_dict({"text": LINES}), tokenizer, 16, with_offsets=True)[0]["offset_mapping"]
+    expected = tokenizer(LINES[0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][:14]
+    assert [tuple(pair) for pair in first[: 1 + len(expected)]] == [(0, 0), *expected], "offsets stand at their tokens"
     assert {(block[0], block[-1]) for block in blocks} == {(tokenizer.cls_token_id, tokenizer.sep_token_id)}
     assert [token for block in blocks for token in block[1:-1]] == inner[: len(inner) // 14 * 14]
 

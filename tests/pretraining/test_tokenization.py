@@ -33,6 +33,11 @@ def test_training_twice_gives_the_same_tokenizer(texts: list[str], train):
     assert len(first) == 1000
 
 
+def test_byte_level_bpe_joins_only_what_occurs_twice():
+    assert len(train_byte_level_bpe(["abcdefgh"], 1000)) == 257
+    assert len(train_byte_level_bpe(["ab cd ab"], 1000)) == 258
+
+
 def test_byte_level_bpe_survives_any_text(texts: list[str]):
     tokenizer = train_byte_level_bpe(texts, 500)
     assert tokenizer.decode(tokenizer.encode(HARD)) == HARD
