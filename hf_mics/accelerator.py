@@ -146,8 +146,8 @@ class MiCSAccelerator(StockAccelerator):
             return super().prepare(*args, device_placement=device_placement)
         prepared = list(args)
         for turn in turns:
-            placement = None if device_placement is None else [device_placement[place] for place in turn]
-            result = super().prepare(*(args[place] for place in turn), device_placement=placement)
+            # Without device_placement, which accelerate's FSDP2 ignores.
+            result = super().prepare(*(args[place] for place in turn))
             for place, item in zip(turn, result if len(turn) > 1 else [result], strict=True):
                 prepared[place] = item
         return tuple(prepared)

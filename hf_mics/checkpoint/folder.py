@@ -156,8 +156,8 @@ def rotate(parent: Path, prefix: str, keep: int | None, protected: str | None = 
     complete = find_checkpoints(parent, prefix).complete
     spared = {complete[-1]} if complete else set()
     spared |= {path for path in complete if protected and path.absolute() == Path(protected).absolute()}
-    surplus = len(complete) - max(keep, len(spared))
-    for path in [path for path in complete if path not in spared][: max(surplus, 0)]:
+    surplus = max(len(complete) - keep, 0)
+    for path in [path for path in complete if path not in spared][:surplus]:
         # Under another name first: killed while deleting, no half checkpoint keeps the name of a whole one.
         doomed = path.parent / f".{path.name}.saving"
         shutil.rmtree(doomed, ignore_errors=True)

@@ -113,7 +113,7 @@ def read_mark(folder: Path) -> Mark | None:
         models = [ModelNote(**model) for model in said.pop("models")]
         optimizers = [OptimizerNote(**optimizer) for optimizer in said.pop("optimizers")]
         return Mark(models=models, optimizers=optimizers, **said)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -169,7 +169,7 @@ def test_fast_networks_are_said_to_have_nothing_to_win():
     assert "nothing to win on this network" in fast
     assert "x the speed of sharding over all 64 GPUs (ZeRO-3), whose gathers hide behind computing" in fast
     filled = make_plan(request("gpt-100b", "p4d.24xlarge", 16, **LONG)).network
-    assert "because the model fills 8 of 16 nodes, so that both wait for the network" in filled
+    assert "as the model fills 8 of 16 nodes, so that both wait for the network" in filled
     assert make_plan(request("bert-10b", "p3dn.24xlarge", 1)).network == "", "there is no network on one node"
 
 
