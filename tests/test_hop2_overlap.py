@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from hf_mics import apply_mics, mics_engine
 from tests.on_ranks import Layout, on_ranks
-from tests.toy import Net, Pair
+from tests.toy import Net, Pair, assert_close, batch, gradients, loss_of, my_part, shard
 
 TWO_REPLICAS = Layout(4, 2, 2)
 UNITS = 4  # three layers and the root
@@ -37,7 +41,7 @@ class Watched:
         return Work()
 
 
-def watch(pair: Pair) -> list[str]:
+def watch(pair: Any) -> list[str]:
     events: list[str] = []
     for unit in pair.engine.units:
         group: Any = unit.replication_group
@@ -62,6 +66,23 @@ def test_every_unit_is_issued_before_the_first_is_awaited(layout: Layout):
 
 
 @on_ranks(TWO_REPLICAS)
+def test_forwards_without_gradients_do_not_put_hop_2_off_to_the_end_of_backward(layout: Layout):
+    pair = Pair(layout)
+    events = watch(pair)
+    with torch.no_grad():
+        loss_of(pair.mics, my_part(batch(9, 9, layout.world)))
+
+    def noted(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if layer is pair.mics.layers[0]:
+            x.register_hook(lambda grad: events.append("through all layers"))
+        return layer(x)
+
+    pair.backward(0, 0, twin=False, wrap=noted)
+    assert events[:2] == ["issued", "issued"]
+    assert "through all layers" in events
+
+
+@on_ranks(TWO_REPLICAS)
 def test_a_gradient_that_is_there_already_is_added_to_the_finished_result(layout: Layout):
     pair = Pair(layout)
     pair.window(0)
@@ -70,6 +91,25 @@ def test_a_gradient_that_is_there_already_is_added_to_the_finished_result(layout
     pair.window(1, 1)
     assert events == AT_ONCE
     pair.assert_same_gradients()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_parameter_that_two_units_hold_is_added_to_the_finished_result(layout: Layout):
+    """Tied after sharding, as transformers' load-time sharding does."""
+    twin = Net(unused=False)
+    twin.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+    twin.first, twin.last = nn.Linear(7, 4), nn.Linear(4, 2)
+    model = shard(copy.deepcopy(twin), layout)
+    for net in (twin, model):
+        net.layers[1].weight = net.layers[0].weight
+    apply_mics(model, node_size=layout.node)
+    events = watch(SimpleNamespace(engine=mics_engine(model)))
+    rows = batch(0, 0, layout.world)
+    loss_of(model, my_part(rows), run=(0, 1)).backward()
+    loss_of(twin, rows, run=(0, 1)).backward()
+    # The last layer, whose result the first one is added to; then the root.
+    assert events == [*AT_ONCE[:4], "issued", "awaited"]
+    assert_close(gradients(model), {name: p.grad for name, p in twin.named_parameters()})
 
 
 @on_ranks(TWO_REPLICAS)

@@ -363,6 +363,20 @@ def test_one_of_a_units_parameters_dropped_and_not_used_again_ends_without_a_gra
     assert torch.equal(weights(pair.mics)["layers.0.b.weight"], pair.start["layers.0.b.weight"])
 
 
+@on_ranks(TWO_REPLICAS)
+def test_a_gradient_of_the_users_own_in_place_of_a_dropped_one_stays(layout: Layout):
+    pair = Pair(layout, build=HeadNet)
+    pair.backward(0, 0, of=3, run="ab")
+    for model in (pair.mics, pair.twin):
+        model.layers[0].b.zero_grad()
+    pair.backward(0, 1, of=3, run="a")
+    for model in (pair.mics, pair.twin):
+        for parameter in model.layers[0].b.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    pair.backward(0, 2, of=3, run="a")
+    pair.assert_same_gradients()
+
+
 @on_ranks(*LAYOUTS)
 def test_windows_add_up_without_zero_grad_between_them(layout: Layout):
     pair = Pair(layout)

@@ -128,6 +128,28 @@ def test_a_window_whose_backward_raised_can_be_tried_again(layout: Layout, faili
     pair.assert_same_weights()
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+@on_ranks(TWO_REPLICAS)
+def test_a_backward_that_raised_has_dropped_its_window_at_the_next_forward(layout: Layout, failing: int):
+    """Without any of the recovery above: a loop that skips a bad batch and begins its window again.
+
+    In the last micro-step layers that came before have finished gradients, which stay, as in one process.
+    """
+    pair = Pair(layout)
+
+    def explode(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return layer(Boom.apply(x) if layer is pair.mics.layers[1] else x)
+
+    for micro in range(failing):
+        pair.backward(1, micro, of=3, twin=False)
+    with pytest.raises(MemoryError):
+        pair.backward(1, failing, of=3, twin=False, wrap=explode)
+    pair.window(2)
+    pair.assert_same_gradients()
+    pair.step()
+    pair.assert_same_weights()
+
+
 @pytest.mark.parametrize("forwards_first", [False, True])
 @on_ranks(*LAYOUTS)
 def test_two_backwards_per_micro_step_add_up(layout: Layout, forwards_first: bool):
@@ -175,9 +197,11 @@ def test_a_gradient_divide_factor_divides_once(layout: Layout, factor: float):
     pair = Pair(layout)
     for module in (*pair.mics.layers, pair.mics):
         module.set_gradient_divide_factor(factor)
-    pair.window(0)
-    expected = {n: p.grad * (layout.world / factor) for n, p in pair.twin.named_parameters() if p.grad is not None}
-    assert_close(gradients(pair.mics), expected)
+    # The second window finds the gradient of the first, which a sum over replicas must not multiply.
+    for step in range(2):
+        pair.window(step)
+        expected = {n: p.grad * (layout.world / factor) for n, p in pair.twin.named_parameters() if p.grad is not None}
+        assert_close(gradients(pair.mics), expected)
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
