@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_mics import MiCSAccelerator, MiCSPlugin, mics_engine
 from hf_mics.errors import ConfigError
+from hf_mics.plugin import requested_sizes
 from hf_mics.testing import run_ranks
 from tests import tiny
 
@@ -159,6 +165,8 @@ def check_mixed_precision() -> dict[str, Any]:
             mixed_precision="bf16", mics_plugin=MiCSPlugin(partition_size=2, gradient_wire_dtype=wire)
         )
         model = tiny.build("gpt2")
+        if wire == "float32":
+            model.bfloat16()  # as loaded with dtype="auto"; the weights that are trained are fp32 all the same
         model, optimizer, _ = accelerator.prepare(model, make_optimizer(model), loader())
         dtypes = []
         model.transformer.h[1].mlp.c_fc.register_forward_hook(
@@ -201,6 +209,12 @@ def check_features(folder: str) -> dict[str, Any]:
     seen["checkpointed"] = {
         name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in full_weights(model).items()
     }
+    offload = CPUOffloadPolicy(pin_memory=False)
+    accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2, cpu_offload=offload))
+    with torch.device("cpu" if accelerator.is_main_process else "meta"):
+        model = tiny.build("gpt2")
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    seen["offloaded"] = [p.offload_to_cpu for unit in mics_engine(model).units for p in unit._params]
     accelerator = fresh_accelerator(gradient_accumulation_steps=ACCUMULATION, dynamo_backend="aot_eager")
     model = tiny.build("gpt2")
     model, optimizer, batches = accelerator.prepare(model, make_optimizer(model), loader())
@@ -230,6 +244,7 @@ def test_checkpointing_compilation_and_resuming_give_the_weights_of_plain_traini
     assert seen["checkpointed layers"] == 3
     # Recomputation repeats the same operations on the same inputs.
     assert largest_difference(seen["checkpointed"], seen["plain"]) == 0.0
+    assert all(seen["offloaded"])
     assert seen["compiled"]
     assert largest_difference(seen["compiled weights"], seen["plain"]) < TOLERANCE
     assert not seen["open window after load_state"]
@@ -263,6 +278,7 @@ def check_meta_and_refusals() -> dict[str, Any]:
         model = tiny.build("llama")
     model, optimizer, batches = accelerator.prepare(model, make_optimizer(model), loader())
     seen["from meta"] = full_weights(model)
+    seen["freed"] = {unit.name: unit.frees_after_forward for unit in mics_engine(model).units}
     seen["rotary"] = model.model.rotary_emb.inv_freq.clone()
     loop(accelerator, model, optimizer, batches, epochs=1)
     seen["trained from meta"] = full_weights(model)
@@ -302,6 +318,8 @@ def test_ranks_on_meta_get_rank_0s_weights_and_misuse_is_told() -> None:
     for rank, result in enumerate(seen):
         assert largest_difference(result["from meta"], dict(reference.named_parameters())) == 0.0
         assert torch.equal(result["rotary"], reference.model.rotary_emb.inv_freq)
+        assert result["freed"]["model.layers.0"]
+        assert not result["freed"]["lm_head"], "its backward follows its forward"
         assert largest_difference(result["trained from meta"], result["trained"]) == 0.0
         assert largest_difference(result["trained"], result["from meta"]) > 0.0
         assert result["hop 2 per micro-step"] == 10
@@ -350,8 +368,32 @@ def test_a_launch_config_that_cannot_work_is_refused_alike_on_all_ranks(
     assert len(set(messages)) == 1
 
 
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_other_parallelism_is_refused_by_name(name: str) -> None:
+    sizes = {"tp_size": 1, "cp_size": 1, "sp_size": 1, "dp_shard_size": 2, "dp_replicate_size": 1}
+    with pytest.raises(ConfigError, match=f"expected tp_size, cp_size and sp_size of 1, got {name}=2"):
+        requested_sizes(SimpleNamespace(**{**sizes, name: 2}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [0, True, 2.0, "2"])
+@pytest.mark.parametrize("name", ["partition_size", "node_size"])
+def test_a_plugins_sizes_are_positive_integers(name: str, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a positive integer or None, got {wrong!r}"):
+        MiCSPlugin(**{name: wrong})
+
+
 def check_bad_sizes() -> list[str]:
     messages = []
+
+    class Started(Exception):
+        pass
+
+    with mock.patch("hf_mics.accelerator.start_process_state", side_effect=Started) as start, pytest.raises(Started):
+        fresh_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=77))])
+    assert start.call_args.kwargs["timeout"] == timedelta(seconds=77)
+    with pytest.raises(ValueError, match="every rank must ask for the same partition_size, got ") as caught:
+        fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2 if dist.get_rank() < 2 else 4))
+    messages.append(str(caught.value))
     for plugin in (MiCSPlugin(partition_size=3), MiCSPlugin(partition_size=2, node_size=3)):
         with pytest.raises(ValueError, match="must divide") as caught:
             fresh_accelerator(mics_plugin=plugin)

@@ -21,6 +21,7 @@ import hf_mics
 from hf_mics import Topology, apply_mics, mics_engine, remove_mics
 from hf_mics.engine import node_size_from_launcher
 from hf_mics.errors import ConfigError, MiCSError, TopologyError
+from hf_mics.summary import _size, start_up_summary
 from hf_mics.testing import run_ranks
 from tests import tiny
 from tests.on_ranks import Layout, on_ranks
@@ -140,6 +141,22 @@ def test_what_is_predicted_before_the_first_forward_is_what_a_step_sends(layout:
     predicted = pair.engine.predict_step(3).per_rank
     pair.window(0)
     assert pair.engine.meter.read() == predicted
+
+
+@on_ranks(TWO_REPLICAS, SPANNING)
+def test_the_start_up_summary_says_what_is_predicted(layout: Layout):
+    for hierarchical in (True, False):
+        engine = Pair(layout, hierarchical=hierarchical).engine
+        summary = start_up_summary(engine, ["3 Layer", "a (X) shares", "b (Y) shares"], micro_steps=3)
+        step, nic = engine.predict_step(3), engine.predict_step(3).nic_bytes
+        sent = f"sends {_size(step.hop1_bytes)} in hop 1 and {_size(step.hop2_bytes)} in hop 2"
+        assert f"per optimizer step of 3 micro-steps each rank {sent}" in summary
+        hop1 = nic["hop1_all_gather"] + nic["hop1_reduce_scatter"]
+        assert f"carries {_size(hop1)} of hop 1 and {_size(nic['hop2_all_reduce'])} of hop 2" in summary
+        spanning = f"hop 1 spans 2 nodes, {'hierarchical' if hierarchical else 'flat'}"
+        assert (spanning if layout == SPANNING else "hop 1 inside each node") in summary
+        assert summary.count("left in the root: ") == 2
+    assert [_size(n) for n in (0, 999, 1234, 56_700, 8.9e9)] == ["0 B", "999 B", "1.23 kB", "56.7 kB", "8.9 GB"]
 
 
 @on_ranks(TWO_REPLICAS)
@@ -391,20 +408,25 @@ def test_the_engine_of_a_model_that_is_not_under_mics_is_refused(layout: Layout)
         assert "is not under MiCS" in str(refusal(function, model))
 
 
-def differing_node_sizes() -> str:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
-    try:
-        apply_mics(fully_shard(Net(), mesh=mesh), node_size=2 if dist.get_rank() < 2 else 1)
-    except MiCSError as error:
-        return str(error)
-    return ""
+@pytest.mark.parametrize("name", ["node_size", "hierarchical", "gradient_wire_dtype"])
+@on_ranks(TWO_REPLICAS)
+def test_settings_that_differ_between_ranks_are_refused_on_all_of_them(layout: Layout, name: str):
+    """Some ranks would create subgroups and others not, or send other sizes: a hang. Compared before that."""
+    settings = {"node_size": (2, 1), "hierarchical": (True, False), "gradient_wire_dtype": ("auto", "bfloat16")}[name]
+    mine = {"node_size": 2, name: settings[dist.get_rank() // 2]}
+    error = refusal(apply_mics, shard(Net(), layout), **mine)
+    assert isinstance(error, TopologyError)
+    assert f"(node_size, hierarchical, gradient_wire_dtype) differ between ranks (rank 0: {(2, True, 'auto')};" in str(
+        error
+    )
 
 
-def test_node_sizes_that_differ_between_ranks_are_refused_on_all_of_them():
-    """Some ranks would create subgroups and others not: a hang. Values all ranks share must be compared first."""
-    messages = run_ranks(differing_node_sizes, 4, timeout_s=60)
-    assert len(set(messages)) == 1
-    assert "LOCAL_WORLD_SIZE" in messages[0] or "node_size" in messages[0]
+@on_ranks(TWO_REPLICAS)
+def test_a_mesh_beside_another_kind_of_parallelism_is_refused(layout: Layout):
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("tp", "dp_replicate", "dp_shard"))
+    error = refusal(apply_mics, shard_on(mesh["dp_replicate", "dp_shard"]), node_size=2)
+    assert isinstance(error, TopologyError)
+    assert "must hold every rank of the job: expected 4, got 2" in str(error)
 
 
 # -- timeouts ----------------------------------------------------------------------------------------------------------

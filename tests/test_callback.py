@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hf_mics.errors import LossError
+from hf_mics.loss_watch import LossWatch
 from tests.assets.trainer_door import MODELS, make_model, make_trainer, report
 from tests.recipes import launch
 from tests.scripts import run_on_ranks
@@ -76,6 +79,21 @@ def test_hop_2_runs_once_per_unit_and_optimizer_step_short_last_windows_included
 ) -> None:
     assert doors["callback"][name]["hop 2 calls"] == list(range(1, 11))
     assert doors["runner"][name]["hop 2 calls"] == list(range(1, 11))
+
+
+def test_the_first_of_several_losses_that_are_not_finite_is_named() -> None:
+    passed_on: list[float] = []
+    accelerator = SimpleNamespace(device="cpu", backward=lambda loss: passed_on.append(loss.item()))
+    watch = LossWatch(accelerator)
+    for step, losses in enumerate(([1.0], [2.0, 3.0])):
+        for loss in losses:
+            accelerator.backward(torch.tensor(loss))
+        watch.check(step + 1)
+    for loss in (1.0, float("inf"), 2.0, float("nan")):
+        accelerator.backward(torch.tensor(loss))
+    with pytest.raises(LossError, match="optimizer step 3, micro-step 2, seen first by rank 0"):
+        watch.check(3)
+    assert passed_on[:4] == [1.0, 2.0, 3.0, 1.0]
 
 
 def test_the_other_ranks_name_a_rank_that_died_and_its_node() -> None:

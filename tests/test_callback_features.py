@@ -6,7 +6,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -24,11 +26,13 @@ from hf_mics._torch_compat import is_root
 from hf_mics.checkpoint.check import check_folder
 from hf_mics.engine import is_under_mics
 from hf_mics.errors import ConfigError, LossError
+from hf_mics.training_meter import TrainingMeter
 from tests import tiny
 from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
 from tests.on_ranks import Layout, on_ranks
 from tests.test_accelerator import fresh_accelerator
 from tests.test_callback import TOLERANCE
+from tests.toy import Pair
 
 LAYOUT = Layout(4, 2, 2)
 
@@ -162,6 +166,14 @@ def test_weights_that_only_rank_0_has_are_evaluated_before_training_unless_an_op
         trainer.model.to("meta").tie_weights()
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters())
     with pytest.raises(ConfigError, match=r"on the meta device of rank 1.*eval_on_start=True"):
+        trainer.evaluate()
+    trainer = trainer_of(layout)
+    trainer.model.register_buffer("late", torch.empty(1, device="meta" if dist.get_rank() == 2 else "cpu"))
+    with pytest.raises(ConfigError, match="rank 2 has them on the meta device"):
+        trainer.evaluate()
+    trainer = trainer_of(layout)
+    trainer.model.register_buffer("wide", torch.empty(1 + dist.get_rank()))
+    with pytest.raises(ConfigError, match="ranks hold different GPT2LMHeadModels"):
         trainer.evaluate()
 
 
@@ -352,8 +364,12 @@ class LastEngine(TrainerCallback):
 def test_the_log_and_tensorboard_show_tokens_and_the_traffic_that_was_predicted(layout: Layout) -> None:
     last, folder = LastEngine(), shared_folder()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    trainer = trainer_of(layout, last, max_steps=5, report_to="tensorboard", eval_strategy="steps", eval_steps=2)
-    trainer.train()
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    trainer = trainer_of(layout, last, max_steps=5, report_to="tensorboard", output_dir=folder, **settings)
+    with mock.patch.object(TrainingMeter, "skip_pause", autospec=True, side_effect=TrainingMeter.skip_pause) as skipped:
+        trainer.train()
+    evaluations, saves = [entry for entry in trainer.state.log_history if "eval_loss" in entry], folder.glob("check*")
+    assert skipped.call_count == len(evaluations) + len(list(saves)) >= 4
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(log) == 5
     # The first four windows are full. Evaluation after the second gathers parameters too, which the figures of training
@@ -376,6 +392,34 @@ def test_the_log_and_tensorboard_show_tokens_and_the_traffic_that_was_predicted(
         shown = EventAccumulator(os.environ["TENSORBOARD_LOGGING_DIR"]).Reload()
         sent = [event.value for event in shown.Scalars("train/mics/hop1_sent_gb")]
         assert sent == pytest.approx([entry["mics/hop1_sent_gb"] for entry in log])
+    by_epoch = trainer_of(layout, max_steps=2, logging_strategy="epoch")
+    by_epoch.train()
+    (entry,) = [entry for entry in by_epoch.state.log_history if "loss" in entry]
+    assert entry["mics/hop2_sent_gb"] == pytest.approx(predicted.hop2_bytes / 1e9, rel=1e-3)
+
+
+@on_ranks(LAYOUT)
+def test_step_times_leave_out_pauses_and_tokens_what_is_not_trained_on(layout: Layout) -> None:
+    """On a clock of the test's: steps of 3 s and 1 s of waiting for data, but 100 s of evaluation after each."""
+    now_s, pair = 0.0, Pair(layout)
+    with mock.patch("hf_mics.training_meter.time", SimpleNamespace(perf_counter=lambda: now_s)):
+        meter = TrainingMeter(pair.mics, pair.engine)
+        for step in range(2):
+            now_s += 1
+            meter.begin_step()
+            pair.window(step)
+            for grad_enabled in (False, True):
+                with torch.set_grad_enabled(grad_enabled):
+                    meter._count_tokens(pair.mics, (torch.zeros(2, 8, dtype=torch.int64),), {})
+            now_s += 3
+            meter.end_step()
+            pair.step()
+            now_s += 100
+            meter.skip_pause()
+        figures = meter.collect()
+        meter.close()
+    assert figures["step_time_s"] == 4
+    assert figures["tokens_per_s_per_device"] == 2 * 8 / 4
 
 
 @on_ranks(LAYOUT)

@@ -10,11 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    ActivationWrapper,
+    CheckpointWrapper,
+    OffloadWrapper,
+)
 
 from hf_mics import _torch_names
 from hf_mics.errors import MiCSError
 from hf_mics.plugin import MiCSPlugin
-from hf_mics.sharding import _widen_scalars, checkpoint_activations, restore_scalars
+from hf_mics.sharding import _ignored_parameters, _widen_scalars, checkpoint_activations, restore_scalars
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from _architectures import build, micro_batch
@@ -68,6 +73,23 @@ def test_checkpointed_layers_recompute_without_the_key_value_cache(name):
     for param, grad in zip(model.parameters(), expected, strict=True):
         assert (grad is None) == (param.grad is None)
         assert grad is None or torch.equal(param.grad, grad)
+
+
+def test_activations_of_checkpointed_layers_are_offloaded_where_that_is_asked_for():
+    """Here the wrappers are all there is to see: torch keeps what it offloads in pinned memory."""
+    for offload in (False, True):
+        plugin = MiCSPlugin(activation_checkpointing=True, activation_checkpointing_offload=offload)
+        model = build("gpt2")
+        checkpoint_activations(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)
+        wrapped = [type(module) for module in model.modules() if isinstance(module, ActivationWrapper)]
+        assert wrapped.count(CheckpointWrapper) == 3
+        assert wrapped.count(OffloadWrapper) == 3 * offload
+
+
+def test_quantized_parameters_stay_whole():
+    model = nn.Linear(2, 2)
+    model.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    assert _ignored_parameters(MiCSPlugin(), model, torch.device("cpu")) == {model.packed}
 
 
 def test_a_torch_without_a_name_that_is_read_is_refused_with_its_version():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from hf_mics.throughput import flops_per_token, peak_flops_per_s, throughput_metrics
+from hf_mics.training_meter import _model_shape
 
 
 def test_utilization_reproduces_a_published_figure():
@@ -19,6 +23,14 @@ def test_utilization_reproduces_a_published_figure():
 
 def test_flops_per_token_is_six_per_parameter_and_the_attention():
     assert flops_per_token(10, 2, 3, 5) == 6 * 10 + 12 * 2 * 3 * 5
+
+
+def test_a_frozen_weight_counts_two_thirds_because_it_has_no_gradient_of_its_own():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 5, bias=False))
+    model[0].requires_grad_(False)
+    assert _model_shape(model) is None
+    model.config = SimpleNamespace(num_hidden_layers=2, hidden_size=4)
+    assert _model_shape(model) == (20 + 12 * 2 / 3, 2, 4)
 
 
 @pytest.mark.parametrize(

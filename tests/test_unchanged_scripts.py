@@ -53,7 +53,9 @@ def check_two_models() -> list[dict[str, torch.Tensor]]:
     assert len(batches) == 2
     rank = dist.get_rank()
     # Between the ranks, clipping an average is not averaging what was clipped: gradients are averaged first.
-    duel(g, d, optimizers, accelerator.backward, lambda x: x.chunk(WORLD_SIZE)[rank], accelerator.clip_grad_value_)
+    with mock.patch.object(accelerator, "unscale_gradients") as unscaled:
+        duel(g, d, optimizers, accelerator.backward, lambda x: x.chunk(WORLD_SIZE)[rank], accelerator.clip_grad_value_)
+    assert unscaled.call_count == 2, "under fp16 the scaled gradients would be clipped"
     return [full_weights(g), full_weights(d)]
 
 
@@ -189,9 +191,10 @@ def check_refusals() -> None:
     refused("holds parameters of 2 of them", first, second, make_optimizer(nn.ModuleList([first, second])))
     refused("Adafactor cannot work on sharded parameters", first, transformers.Adafactor(first.parameters()))
     refused("LBFGS cannot work on sharded parameters", first, torch.optim.LBFGS(first.parameters()))
-    for name in ("max_norm", "sparse"):
-        embedding = nn.Sequential(nn.Embedding(4, 4, **{name: True}))
-        refused(f"^0 has {name}=", embedding, make_optimizer(embedding))
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        for name in ("max_norm", "sparse"):
+            embedding = nn.Sequential(kind(4, 4, **{name: True}))
+            refused(f"^0 has {name}=", embedding, make_optimizer(embedding))
     hook = first[2].weight.register_hook(lambda grad: grad.clamp(-1, 1))
     refused("2.weight has a hook of register_hook", first, make_optimizer(first))
     hook.remove()
