@@ -118,7 +118,60 @@ def test_no_rank_ends_for_one_that_has_left_or_for_an_error_of_its_own(monkeypat
     beats = int(store.get("beat/2"))
     wait_until(lambda: int(store.get("beat/2")) >= beats + 5)
     ended.assert_not_called()
-    last.leave()
+    assert last.explain(RuntimeError("Connection closed by peer")) is None, "nobody died"
+
+
+def test_what_another_rank_has_found_ends_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store may be gone before the look ends."""
+    store = dist.HashStore()
+    watch = RankWatch(0, HOSTS, store)
+    watch.leave()
+    store.set("finding", "2")
+    slept_s: list[float] = []
+    monkeypatch.setattr(rank_watch, "time", SimpleNamespace(sleep=slept_s.append))
+    assert watch.missing() == [2]
+    assert slept_s == [rank_watch._BEAT_S, 2 * rank_watch._BEAT_S]
+
+
+def test_a_dead_rank_is_found_beside_one_that_never_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "_BEAT_S", 0.05)
+    store = dist.HashStore()
+    first, dead = (RankWatch(rank, HOSTS, store) for rank in range(2))
+    dead._stop.set()
+    dead._thread.join()
+    assert "rank 1 on node alpha died" in (first.explain(RuntimeError("Connection reset by peer")) or "")
+
+
+def test_a_beat_on_its_way_does_not_replace_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a rank that has left would be taken for a silent one."""
+    monkeypatch.setattr(rank_watch, "_BEAT_S", 0.005)
+    on_its_way, leaving = threading.Event(), threading.Event()
+
+    class SlowStore(SilentStore):
+        def set(self, key: str, word: bytes) -> None:
+            if word == b"3":
+                on_its_way.set()
+                leaving.wait(30)
+                time.sleep(0.05)
+            self._store.set(key, word)
+
+    store = SlowStore(lambda *_: False)
+    watch = RankWatch(0, HOSTS, store)
+    watch._stop = leaving
+    assert on_its_way.wait(30)
+    watch.leave()
+    watch._thread.join()
+    assert store.get("beat/0") == b"left"
+
+
+def test_a_rank_that_hosts_the_store_stays_until_the_others_have_read_who_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = RankWatch(0, HOSTS, dist.HashStore())
+    watch.leave()
+    watch._finding = [2]
+    slept_s: list[float] = []
+    monkeypatch.setattr(rank_watch, "time", SimpleNamespace(sleep=slept_s.append))
+    assert watch.missing() == [2]
+    assert sum(slept_s) >= 2 * rank_watch._BEAT_S
 
 
 class SilentStore:
@@ -160,3 +213,15 @@ def test_a_store_that_lost_its_power_does_not_keep_a_failed_rank_from_ending(
         "MiCS: the store of the job, on the node of rank 0 (alpha), does not answer rank 1: rank 0 or its launcher has "
         "died, or the network to it."
     )
+
+
+def test_a_death_that_was_found_is_told_although_the_store_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_BEAT_S", "_LOOK_S"):
+        monkeypatch.setattr(rank_watch, name, 0.05)
+    store = SilentStore(lambda name, *args: name == "set" and args == ("beat/1", b"3"))
+    watch = RankWatch(1, HOSTS, store)
+    wait_until(lambda: store.gone)
+    watch._finding = [2]
+    said = watch.explain(RuntimeError("Timed out waiting 30000ms for recv operation to complete"))
+    store.back.set()
+    assert "rank 2 on node beta died" in (said or "")
