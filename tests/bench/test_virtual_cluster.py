@@ -294,6 +294,7 @@ def test_nothing_is_left_when_its_owner_is_interrupted_or_killed(how: signal.Sig
         assert cluster_state.read(name) is not None
         # The shell that names the host may have a child of its own for a moment before it becomes the command.
         wait_until(lambda: len(namespaces.pids(f"{name}-node0")) == 1)
+        (running,) = namespaces.pids(f"{name}-node0")
         with pytest.raises(ConfigError, match=f"process {process.pid} uses it"):
             VirtualCluster(2, name=name).up()
     finally:
@@ -304,6 +305,14 @@ def test_nothing_is_left_when_its_owner_is_interrupted_or_killed(how: signal.Sig
             process.kill()
     wait_until(lambda: cluster_state.read(name) is None and is_dead(guard))
     assert machine(name) == before
+    assert is_dead(running)
+
+
+def test_a_later_process_with_the_owner_s_id_does_not_own_the_cluster():
+    started_s = psutil.Process().create_time()
+    for owner_started_s, standing in ((started_s, "in use"), (started_s - 5.0, "left over")):
+        record = cluster_state.Record("c", 2, None, [], os.getpid(), owner_started_s)
+        assert record.standing == standing
 
 
 @needs_root
