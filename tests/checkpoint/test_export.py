@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     BartForConditionalGeneration,
@@ -59,6 +60,11 @@ def save_models(folder: str) -> dict[str, dict[str, torch.Tensor]]:
             model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
             accelerator.save_state(f"{folder}/{name}_{form}")
             weights[name] = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(f"{folder}/clip", is_main_process=accelerator.is_main_process)
+    accelerator = fresh_accelerator()
+    models = [tiny.build(name, seed=3) for name in ("bert", "gpt2")]
+    accelerator.prepare(*models, *(torch.optim.SGD(model.parameters(), lr=0.1) for model in models))
+    accelerator.save_state(f"{folder}/two")
     return weights
 
 
@@ -89,8 +95,24 @@ def test_exported_folder_loads_bit_equal(saved: Any, tmp_path: Path, name: str, 
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in weights[name].items())
     assert state.keys() == weights[name].keys()
-    assert AutoConfig.from_pretrained(tmp_path / "out").architectures == [CLASSES[name].__name__]
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.architectures, config.dtype) == ([CLASSES[name].__name__], torch.float32)
     assert list((tmp_path / "out").glob("*.bin")) == []
+
+
+def test_save_pretrained_gives_parameters_without_dimensions_their_shape_back(saved: Any) -> None:
+    folder, weights = saved
+    state = CLIPModel.from_pretrained(folder / "clip").state_dict()
+    assert state["logit_scale"].shape == ()
+    assert all(torch.equal(state[key], value) for key, value in weights["clip"].items())
+
+
+def test_a_second_model_is_exported_without_the_configuration_of_the_first(saved: Any, tmp_path: Path) -> None:
+    folder, weights = saved
+    assert main(["export", str(folder / "two"), str(tmp_path / "out"), "--model-index", "1"]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(value, weights["gpt2"][key]) for key, value in state.items())
 
 
 def test_small_files_get_an_index(saved: Any, tmp_path: Path) -> None:

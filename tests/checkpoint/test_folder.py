@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from hf_mics.checkpoint import folder as folders
 from hf_mics.checkpoint.folder import commit, find_checkpoints, rotate, staging_folder, start_saving
-from hf_mics.checkpoint.mark import FORMAT_VERSION, MARK_NAME, Mark, read_mark
+from hf_mics.checkpoint.mark import FORMAT_VERSION, MARK_NAME, Mark, missing_files, read_mark
 from hf_mics.errors import CheckpointError
 
 
@@ -77,8 +78,11 @@ def test_killed_at_any_step_of_saving_the_former_or_the_new_checkpoint_is_comple
         assert not target.exists() or there == "other files" or read_mark(target) is not None
         if there == "other files":
             assert (target / "mine.txt").read_text() == "mine"
+            mark = read_mark(target)
+            assert mark is None or not missing_files(target, mark), "marked before all was there"
         save(target, "after")
         assert state(target) == "after"
+        assert [path.name for path in tmp_path.iterdir()] == [target.name]
         if calls < deadly:
             break
     assert outcomes[0] == ("former" if there == "checkpoint" else None)
@@ -95,27 +99,45 @@ def test_replacing_a_checkpoint_keeps_files_that_are_not_its_own(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
+def test_what_a_killed_job_was_about_to_replace_is_replaced_by_the_next(tmp_path: Path) -> None:
+    save(tmp_path / "last", "one")
+    (tmp_path / "last" / "epoch.txt").write_text("3")
+    (tmp_path / "last").rename(tmp_path / ".last.former")
+    save(tmp_path / "last", "two")
+    assert (tmp_path / "last" / "epoch.txt").read_text() == "3"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
 def test_newest_is_the_one_saved_last_and_what_is_not_complete_is_named(tmp_path: Path) -> None:
     save(tmp_path / "step_20", "of an earlier run", saved_at_s=1.0)
     save(tmp_path / "step_9", "newest", saved_at_s=2.0)
-    for step, damage in ((30, "mark"), (31, "shard"), (32, "length")):
+    for step, damage in ((30, "mark"), (31, "shard"), (32, "length"), (34, "half a mark"), (35, "growth")):
         save(tmp_path / f"step_{step}", "damaged", saved_at_s=3.0)
         part = tmp_path / f"step_{step}" / "part" / "shard"
         if damage == "mark":
             (part.parents[1] / MARK_NAME).unlink()
+        elif damage == "half a mark":
+            (part.parents[1] / MARK_NAME).write_text('{"format_version": ')
         elif damage == "shard":
             part.unlink()
         else:
-            part.write_text("short")
+            part.write_text("short" if damage == "length" else "damaged by another program")
     start_saving(tmp_path / "step_33")
     (tmp_path / "step_notes").mkdir()
+    (tmp_path / "step_40").write_text("a file of that name")
+    # What is left of a replaced checkpoint while it is deleted is none to bring back.
+    (tmp_path / ".step_41.former" / "part").mkdir(parents=True)
     found = find_checkpoints(tmp_path, "step_")
     assert [path.name for path in found.complete] == ["step_20", "step_9"]
-    assert {path.name: reason for path, reason in found.skipped.items()} == {
+    reasons = {path.name: reason for path, reason in found.skipped.items()}
+    assert "step_34/mics_checkpoint.json is damaged" in reasons.pop("step_34")
+    assert reasons == {
         "step_30": "it has no completion mark",
         "step_31": "part/shard is missing",
         "step_32": "part/shard has 5 of 7 bytes",
+        "step_35": "part/shard has 26 of 7 bytes",
         ".step_33.saving": "saving it was interrupted",
+        ".step_41.former": "saving it was interrupted",
     }
 
 
@@ -126,10 +148,60 @@ def test_rotation_keeps_the_newest_complete_and_the_best_whatever_else_lies_ther
     (tmp_path / "step_9" / MARK_NAME).unlink()
     rotate(tmp_path, "step_", 2, protected=str(tmp_path / "step_1"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_5", "step_9"]
+    rotate(tmp_path, "step_", 1, protected=str(tmp_path / "step_1"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_5", "step_9"]
     rotate(tmp_path, "step_", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_5", "step_9"]
     rotate(tmp_path, "step_", None)
     assert state(tmp_path / "step_5") == "5"
+
+
+def test_killed_while_an_old_checkpoint_is_deleted_no_half_of_it_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path / f"step_{step}", str(step), saved_at_s=float(step))
+
+    def killed(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / "part" / "shard").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(folders.shutil, "rmtree", killed)
+        rotate(tmp_path, "step_", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_1.saving", "step_2"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_files_mark_and_names_are_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """What a power cut leaves behind: bytes and names that were synced, at the places that were renamed since."""
+    target = tmp_path / "step_7"
+    if there:
+        save(target, "former")
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        assert path.is_dir() or path.stat().st_size, "synced before it was written"
+        synced.append(str(path.relative_to(tmp_path)))
+
+    staging = staging_folder(target).relative_to(tmp_path)
+    rename = Path.rename
+
+    def renamed(self: Path, to: Path) -> Path:
+        if to == target:
+            names = ("part/shard", f".{MARK_NAME}", "part", ".")
+            assert {str(staging / name) for name in names} <= {*synced}
+            synced.clear()
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    save(target, "new")
+    assert synced == ["."]
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])

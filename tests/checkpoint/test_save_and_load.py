@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from hf_mics import MiCSPlugin
 from hf_mics.checkpoint.accelerate_state import convert_schedules
+from hf_mics.checkpoint.mark import read_mark
+from hf_mics.checkpoint.resuming import continue_random_state
 from hf_mics.checkpoint.storage import NodeReader
-from hf_mics.errors import CheckpointError
+from hf_mics.errors import CheckpointError, MiCSError
 from hf_mics.testing import run_ranks
 from tests import tiny
 from tests.checkpoint.loop import SAVED_AT, start, train
@@ -224,6 +229,58 @@ def test_a_disk_that_fails_under_one_rank_is_named_by_every_rank(tmp_path: Path)
     assert "Input/output error" in said[0]
 
 
+class Companion:
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder, "companion.json").write_text("{}")
+
+
+def save_under_automatic_names(project: Path) -> dict[str, str]:
+    """What save_state refuses there; all else is asserted here."""
+    said = {}
+
+    def prepare(iteration: int = 0) -> Any:
+        config = ProjectConfiguration(
+            project_dir=str(project), automatic_checkpoint_naming=True, total_limit=2, iteration=iteration
+        )
+        accelerator = fresh_accelerator(
+            mics_plugin=MiCSPlugin(partition_size=2), project_config=config, gradient_accumulation_steps=2
+        )
+        model = nn.Sequential(nn.Linear(3, 5))
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.save_with_checkpoints(Companion())
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 3)).sum())
+        assert accelerator.step == 1
+        return accelerator
+
+    accelerator = prepare()
+    assert [accelerator.save_state().name for _ in range(3)] == [f"checkpoint_{number}" for number in range(3)]
+    dist.barrier()
+    kept = sorted((project / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["checkpoint_1", "checkpoint_2"]
+    assert all((path / "companion.json").is_file() for path in kept)
+    with pytest.raises(MiCSError) as caught:
+        prepare(iteration=2).save_state()
+    said["taken"] = str(caught.value)
+    accelerator = prepare()
+    with mock.patch("hf_mics.checkpoint.accelerate_state.convert_schedules") as convert:
+        accelerator.load_state()
+    assert convert.call_args.args[1] == read_mark(project / "checkpoints" / "checkpoint_2")
+    assert accelerator.step == 0, "the next window is a whole one"
+    # As on nodes that do not share the folder.
+    own = project / f"of rank {dist.get_rank()}" / "checkpoint_3"
+    somewhere = (
+        mock.patch("hf_mics.checkpoint.saving.staging_folder", return_value=own) if dist.get_rank() == 3 else None
+    )
+    with pytest.raises(MiCSError) as caught, somewhere or contextlib.nullcontext():
+        accelerator.save_state()
+    said["not shared"] = str(caught.value)
+    accelerator = prepare()
+    accelerator.load_state()
+    assert accelerator.save_state().name == "checkpoint_3"
+    return said
+
+
 def resume_wrongly(folder: str) -> dict[str, str]:
     """What each attempt to resume says, on this rank."""
     root = Path(folder)
@@ -279,7 +336,7 @@ def resume_wrongly(folder: str) -> dict[str, str]:
     with pytest.raises(CheckpointError) as caught:
         prepare("gpt2", adam).load_state(str(damaged))
     said["description"] = str(caught.value)
-    return said
+    return said | save_under_automatic_names(root / "project")
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_the_same_clear_error_on_every_rank(tmp_path: Path) -> None:
@@ -298,6 +355,23 @@ def test_a_checkpoint_that_cannot_be_resumed_is_the_same_clear_error_on_every_ra
     assert "no checkpoint at" in said["nowhere"]
     assert "optimizer_0/__1_0.distcp is missing" in said["unmarked"]
     assert f"{tmp_path}/step_2/pytorch_model_fsdp_0/.metadata is damaged: " in said["description"]
+    assert "checkpoint_2 exists already. load_state() goes on counting" in said["taken"]
+    assert "rank 0 does not see what other ranks wrote (" in said["not shared"]
+    assert "checkpoint_2, the newest of 2 complete" in said["not shared"]
+
+
+def test_ranks_without_a_random_state_of_their_own_get_one_each_and_the_same_again(tmp_path: Path) -> None:
+    first, own = tmp_path / "random_states_0.pkl", tmp_path / "random_states_1.pkl"
+    first.write_bytes(b"state of rank 0")
+    draws = []
+    for rank in (4, 5, 4):
+        assert continue_random_state(tmp_path / "none", first, rank)
+        draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    assert draws[0] == draws[2]
+    assert all(a != b for a, b in zip(*draws[:2], strict=True))
+    own.touch()
+    assert not continue_random_state(own, first, 1)
+    assert not continue_random_state(tmp_path / "none", tmp_path / "none", 1)
 
 
 @pytest.mark.parametrize(("world", "batch", "expected"), [(2, 4, 6), (1, 8, 3), (2, 2, 12), (4, 4, 12)])

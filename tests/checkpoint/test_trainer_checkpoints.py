@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from hf_mics.checkpoint.export import export_checkpoint
 from hf_mics.checkpoint.mark import MARK_NAME, read_mark
+from hf_mics.checkpoint.trainer_state import StopOnSigterm
 from hf_mics.errors import CheckpointError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -75,8 +80,11 @@ def train_and_save(folder: str) -> dict[str, Any]:
         }
     # Dropout would make the losses of other layouts differ, so runs that move do without.
     moving = make_trainer(root / "moving")
-    moving.train()
-    result["moving"] = {"losses": losses(moving), "weights": full_weights(moving.model)}
+    moving.args.push_to_hub = True
+    with mock.patch.object(Trainer, "_push_from_checkpoint") as push:
+        moving.train()
+    pushed = [Path(call.args[0]) for call in push.call_args_list]
+    result["moving"] = {"losses": losses(moving), "weights": full_weights(moving.model), "pushed": pushed}
 
     stopped = make_trainer(root / "stopped", dropout=0.1, callbacks=[KillAt(4)], save_strategy="no", **EVALUATION)
     former = signal.getsignal(signal.SIGTERM)
@@ -223,6 +231,24 @@ def test_trainer_checkpoint_moves_to_other_layouts(trained: Any, world: int) -> 
     assert moved == pytest.approx(saved["moving"]["losses"][4:], abs=TOLERANCE)
 
 
+def test_complete_checkpoints_are_pushed_to_the_hub_and_no_others(trained: Any) -> None:
+    folder, saved, _ = trained
+    assert saved["moving"]["pushed"] == [folder / "moving" / f"checkpoint-{step}" for step in (4, 8, 12)]
+
+
+def test_at_sigterm_no_evaluation_uses_up_the_time_that_is_left_and_the_best_decides_alone() -> None:
+    callback = StopOnSigterm(SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu"))))
+    args: Any = SimpleNamespace(save_strategy="best")
+    with contextlib.closing(callback), mock.patch.object(callback._request, "agreed", return_value=True):
+        control = TrainerControl(should_evaluate=True)
+        callback.on_step_end(args, TrainerState(), control)
+        assert (control.should_save, control.should_training_stop, control.should_evaluate) == (True, True, False)
+        for args.save_strategy, saves in ((SaveStrategy.BEST, False), (SaveStrategy.STEPS, True)):
+            control = TrainerControl()
+            callback.on_evaluate(args, TrainerState(), control)
+            assert control.should_save == control.should_training_stop == saves
+
+
 def test_sigterm_on_one_rank_saves_at_the_end_of_the_step_on_all_and_exits_with_0(trained: Any) -> None:
     folder, saved, resumed = trained
     assert saved["stopped"]["code"] == 0
@@ -345,6 +371,9 @@ def test_adapters_resume_and_export(tmp_path: Path) -> None:
         state = PeftModel.from_pretrained(base, tmp_path / f"{case} out").state_dict()
         assert result["adapters"]
         assert all(torch.equal(state[name], value) for name, value in result["adapters"].items()), case
+        mark = read_mark(tmp_path / case / "checkpoint-8")
+        assert mark is not None
+        assert any("vera_A" in name for name in mark.models[0].tied) == case.startswith("vera"), "layers share buffers"
 
 
 def fill_disk(folder: str, form: str) -> dict[str, Any]:

@@ -93,6 +93,10 @@ def save_and_resume(folder: str) -> dict[str, Any]:
     with pytest.raises(CheckpointError) as caught:
         frozen[0].load_state(f"{folder}/sharded")
     found["said"] = str(caught.value)
+    train(*frozen, POOLED_FROM, None)
+    frozen[0].save_state(f"{folder}/frozen")
+    with pytest.raises(CheckpointError, match=r"trains other parameters: here only: 1 \(pooler.weight\)"):
+        start("sharded")[0].load_state(f"{folder}/frozen")
     return found
 
 
