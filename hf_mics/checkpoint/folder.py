@@ -25,6 +25,8 @@ def staging_folder(target: Path) -> Path:
 def start_saving(target: Path) -> None:
     """Makes the empty staging folder of `target`; what an interrupted attempt left there is removed."""
     restore_interrupted(target)
+    if _former(target).is_dir():
+        _take_over(target)
     staging = staging_folder(target)
     shutil.rmtree(staging.parent, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -67,11 +69,18 @@ def _replace(target: Path, staging: Path) -> None:
     target.rename(former)
     # Killed here, the former checkpoint is complete under its second name: `restore_interrupted` brings it back.
     staging.rename(target)
-    mark = read_mark(former)
-    own = {Path(name).parts[0] for name in mark.files} if mark else set()
-    for path in former.iterdir():
-        if path.name not in own and not (target / path.name).exists():
-            path.rename(target / path.name)
+    # Killed here, the next `start_saving` goes on.
+    _take_over(target)
+
+
+def _take_over(target: Path) -> None:
+    """Moves files that are not the former checkpoint's own to the one in its place, and deletes it."""
+    former = _former(target)
+    if mark := read_mark(former):  # else it is being deleted, and they are gone from it
+        own = {MARK_NAME, *(Path(name).parts[0] for name in mark.files)}
+        for path in former.iterdir():
+            if path.name not in own and not (target / path.name).exists():
+                path.rename(target / path.name)
     shutil.rmtree(former, ignore_errors=True)
 
 

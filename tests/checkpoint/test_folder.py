@@ -54,6 +54,7 @@ def test_killed_at_any_step_of_saving_the_former_or_the_new_checkpoint_is_comple
             save(target, "former")
         elif there == "other files":
             target.mkdir()
+        if there != "nothing":
             (target / "mine.txt").write_text("mine")
         calls = 0
 
@@ -83,6 +84,7 @@ def test_killed_at_any_step_of_saving_the_former_or_the_new_checkpoint_is_comple
         save(target, "after")
         assert state(target) == "after"
         assert [path.name for path in tmp_path.iterdir()] == [target.name]
+        assert there == "nothing" or (target / "mine.txt").read_text() == "mine"
         if calls < deadly:
             break
     assert outcomes[0] == ("former" if there == "checkpoint" else None)
