@@ -398,9 +398,9 @@ def _timeout(group: dist.ProcessGroup, device: torch.device) -> Any:
         return None
 
 
-def has_gradient_hook(param: nn.Parameter) -> bool:
-    """Whether `register_hook` was called on the parameter, and its hook not removed since."""
-    return bool(param._backward_hooks)
+def gradient_hooks(param: nn.Parameter) -> list[Callable[..., Any]]:
+    """What was handed to `register_hook` of the parameter, and not removed since."""
+    return list((param._backward_hooks or {}).values())
 
 
 def in_backward() -> bool:

@@ -12,6 +12,8 @@ FSDP2's `set_requires_all_reduce` already defers hop 2. `TwoHopSchedule` adds wh
   leaks it into the next window. `window.py` says how.
 - A forward or backward that raised is cleared away by the next forward.
 - An optimizer step in mid-window is refused: it would apply gradients that differ between replicas.
+- So is a gradient that autograd computes for a shard: neither hop would see it, and each rank would train its shard on
+  its own rows alone.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from hf_mics._torch_compat import (
     Unit,
     after_backward,
-    has_gradient_hook,
+    gradient_hooks,
     in_backward,
     override_method,
     remove_override,
@@ -57,6 +60,7 @@ class TwoHopSchedule:
             unit.reduces = True
         self._hook = model.register_forward_pre_hook(torch.compiler.disable(self._begin_forward), prepend=True)
         self._undo_after_backward = after_backward(model, self._end_backward)
+        self._guards: list[RemovableHandle] = []
         override_method(model, "set_requires_gradient_sync", _set_requires_gradient_sync)
         override_method(model, "reset_iter_state", self._reset_iter_state)
         _watch_optimizers()
@@ -85,7 +89,8 @@ class TwoHopSchedule:
         self.drop_window()
         for window in self._windows:
             window.detach()
-        self._hook.remove()
+        for handle in (self._hook, *self._guards):
+            handle.remove()
         self._undo_after_backward()
         remove_override(self._model, "set_requires_gradient_sync")
         remove_override(self._model, "reset_iter_state")
@@ -101,8 +106,9 @@ class TwoHopSchedule:
             return
         if torch.is_grad_enabled():
             for window in self._windows:
-                unit = window.unit
-                refuse_gradient_hooks((unit.name or "(root)", param) for param in unit.sharded_params)
+                name = window.unit.name or "(root)"
+                refuse_gradient_hooks((name, param) for param in window.unit.sharded_params)
+                self._guard(name, window.unit.sharded_params)
         unfinished = unfinished_pass(self._model)
         if unfinished is None:
             return
@@ -111,6 +117,12 @@ class TwoHopSchedule:
         for window, partial in zip(self._windows, sums, strict=True):
             window.unit.forget_unsharded_gradients()
             window.unit.partial_sum = partial
+
+    def _guard(self, name: str, params: Iterable[nn.Parameter]) -> None:
+        """Anew in every forward: a script may have let frozen parameters be trained since."""
+        for param in params:
+            if param.requires_grad and not gradient_hooks(param):
+                self._guards.append(param.register_hook(_ShardGuard(name)))
 
     def _reset_iter_state(self, model: nn.Module) -> None:
         """Replaces `FSDPModule.reset_iter_state`, which leaves gradients on unsharded parameters."""
@@ -126,6 +138,20 @@ class TwoHopSchedule:
             window.finish_hop2()
 
 
+class _ShardGuard:
+    """A hook on the gradient of a sharded parameter. FSDP2 computes on gathered ones, so autograd never gets there."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        raise ConfigError(
+            f"the loss was computed from shards of {self._unit} (by full_tensor() or to_local() of a parameter), so "
+            "their gradient misses other ranks' rows and no hop adds them. Expected parameters that are gathered: call "
+            "the module that holds them inside the model's forward."
+        )
+
+
 def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuses hooks that nobody would call: autograd sees gathered parameters, the hooks stand on the sharded ones.
 
@@ -136,7 +162,7 @@ def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
         ConfigError: a parameter has a hook of `register_hook`.
     """
     for name, param in parameters:
-        if has_gradient_hook(param):
+        if not all(isinstance(hook, _ShardGuard) for hook in gradient_hooks(param)):
             raise ConfigError(
                 f"{name} has a hook of register_hook, which FSDP2 never calls. Change gradients between backward and "
                 "the optimizer step, or use register_post_accumulate_grad_hook after prepare(). (wandb.watch registers "

@@ -16,7 +16,8 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_mics import MiCSPlugin
+from hf_mics import MiCSPlugin, remove_mics
+from hf_mics._torch_compat import find_units, gradient_hooks
 from hf_mics.errors import ConfigError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -307,6 +308,14 @@ def check_head_past_its_forward() -> list[dict[str, torch.Tensor]]:
         model, optimizer = accelerator.prepare(model, make_optimizer(model))
         train_fused(model, optimizer, accelerator.backward, lambda x: x.chunk(WORLD_SIZE)[dist.get_rank()])
         trained.append(full_weights(model))
+    # Of any other weight the shard would be trained on this rank's rows alone.
+    loss = model(tiny.token_rows(2))
+    with pytest.raises(ConfigError, match=r"loss was computed from shards of model\.layers\.0"):
+        accelerator.backward(loss + model.model.layers[0].mlp.up_proj.weight.full_tensor().mean())
+    params = [param for unit in find_units(model) for param in unit.sharded_params]
+    assert all(gradient_hooks(param) for param in params)
+    remove_mics(model)
+    assert not any(gradient_hooks(param) for param in params)
     return trained
 
 
