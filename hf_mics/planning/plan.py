@@ -137,13 +137,16 @@ class Plan:
         """The JSON object that `hf-mics plan --json` prints."""
         request = self.request
         cluster, model = request.cluster, request.workload.model
+        settings = {name: value for name, value in vars(request.workload).items() if name != "model"}
         return {
             "system": request.system,
+            "cluster": cluster.name,
             "world_size": cluster.world_size,
             "nodes": cluster.nodes,
             "gpus_per_node": cluster.gpus_per_node,
             "gpu_memory_bytes": round(cluster.accelerator.memory_bytes),
             "model": {"name": model.name, "parameters": model.num_parameters},
+            "workload": settings,
             "choice": {
                 "partition_size": self.choice.partition_size,
                 "reason": self.reason,

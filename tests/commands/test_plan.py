@@ -27,6 +27,11 @@ def test_json_holds_what_the_contract_names(capsys: pytest.CaptureFixture[str]):
     plan = as_json(capsys, LARGE)
     assert plan["world_size"] == 128
     assert plan["model"]["parameters"] == pytest.approx(174.6e9, rel=1e-3)
+    assert plan["cluster"] == "p4de.24xlarge"
+    assert plan["workload"] == {
+        "seq_length": 2048, "micro_batch": 1, "accumulation": 4, "precision": "bf16", "optimizer": "adamw",
+        "activation_checkpointing": True, "cpu_offload": False,
+    }  # fmt: skip
     assert plan["choice"]["partition_size"] in [c["partition_size"] for c in plan["candidates"] if c["fits"]]
     assert plan["choice"]["reason"].endswith(".")
     assert all(isinstance(line, str) for line in plan["assumptions"])
