@@ -14,12 +14,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools import mod_tracker
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -242,7 +244,7 @@ def _run_steps(model: nn.Module, workload: Workload) -> Phases:
     ids = torch.zeros(workload.micro_batch, workload.seq_length, dtype=torch.long)
     tracker = _PhaseTracker(model, optimizer)
     tracker.track_inputs((ids,))
-    with tracker:
+    with _hooks_that_keep_no_gradients(), tracker:
         # The first step makes the optimizer state; of the second, two micro-steps stand for any number.
         for micro_steps in (1, min(workload.accumulation, 2)):
             tracker.phases.clear()
@@ -259,6 +261,21 @@ def _run_steps(model: nn.Module, workload: Workload) -> Phases:
             optimizer.step()
             optimizer.zero_grad()
     return tracker.phases
+
+
+@contextmanager
+def _hooks_that_keep_no_gradients() -> Iterator[None]:
+    """Lets the tracker see the end of a module's backward at the gradient of any of its inputs, not of all of them.
+
+    Until the last is there, its hook keeps the others, which nothing else does. In T5 each of the decoder's layers is
+    given the encoder's output, whose gradient comes after all of them: one gradient of the bias of positions per layer.
+    """
+    waiting = mod_tracker.register_multi_grad_hook
+    mod_tracker.register_multi_grad_hook = partial(waiting, mode="any")
+    try:
+        yield
+    finally:
+        mod_tracker.register_multi_grad_hook = waiting
 
 
 def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:

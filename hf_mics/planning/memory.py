@@ -220,12 +220,17 @@ def _shared_biases(workload: Workload) -> tuple[float, float]:
     """T5's biases of positions that all layers of a stack share: (until the decoder's end, in the encoder's backward).
 
     Recomputed layers are given those of encoder, decoder and cross attention; the last is kept without recomputation
-    too, and all zeros. The first layer's gradient of its stack's bias adds up from the last layer's on.
+    too, and all zeros. A stack's first layer makes them, so one of one layer is given none, and a decoder of one has
+    only cross attention's. The first layer's gradient of its stack's bias adds up from the last layer's on.
     """
-    if workload.model.family != "t5":
+    m = workload.model
+    if m.family != "t5":
         return 0.0, 0.0
     bias = _position_bias(workload)
-    return (3 * bias, 2 * bias) if workload.activation_checkpointing else (bias, bias)
+    if not workload.activation_checkpointing:
+        return bias, bias
+    encoder, decoder = min(m.num_layers - 1, 1), min(m.num_decoder_layers, 2)
+    return (encoder + decoder) * bias, 2 * encoder * bias
 
 
 def _head_activations(workload: Workload) -> tuple[float, float]:

@@ -60,6 +60,13 @@ CASES = {
         ),
         groups(8),
     ),
+    "t5 of long sequences and a deep decoder": (
+        Workload(
+            model=shape("t5", 1, 64, 64, num_decoder_layers=7, ffn_size=64, head_dim=8, num_heads=16, gated_ffn=True),
+            seq_length=384,
+        ),
+        groups(16),
+    ),
     "gpt with a large head of its own": (
         Workload(model=shape("gpt", 3, 128, 65536, tied_embeddings=False), seq_length=32, accumulation=2),
         groups(8),
