@@ -311,7 +311,7 @@ def test_nothing_is_left_when_its_owner_is_interrupted_or_killed(how: signal.Sig
 def test_a_later_process_with_the_owner_s_id_does_not_own_the_cluster():
     started_s = psutil.Process().create_time()
     for owner_started_s, standing in ((started_s, "in use"), (started_s - 5.0, "left over")):
-        record = cluster_state.Record("c", 2, None, [], os.getpid(), owner_started_s)
+        record = cluster_state.Record("c", 2, None, None, [], os.getpid(), owner_started_s)
         assert record.standing == standing
 
 
