@@ -30,7 +30,7 @@ from hf_mics.probe_models import plain_model
 from hf_mics.testing import run_ranks
 from hf_mics.wrapping import plan_units
 
-SMALL = ["--model", "gpt-tiny", "--seq-length", "32", "--largest-mb", "0.3", "--limit-s", "0.05", "--samples", "3"]
+SMALL = ["--model", "gpt-tiny", "--seq-length", "32", "--largest-mb", "0.3", "--limit-s", "0.5", "--samples", "3"]
 
 
 def free_port() -> int:
