@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint import state_dict as dcp_state
 
-from hf_mics._torch_compat import find_units, is_root, without_wrappers
+from hf_mics._torch_compat import find_units, is_root, make_state_again, without_wrappers
 
 # Bound before the runner puts its own class under these names.
 StockAccelerator = Accelerator
@@ -230,13 +230,14 @@ def give_parameters(optimizer: torch.optim.Optimizer, of_groups: Iterable[list[n
     """Makes `optimizer` train other parameters, given by group, and forget the state of those that it has no more.
 
     Adagrad makes state in its constructor: left there, it keeps the unsharded model in memory, and no checkpoint can
-    name it. For the new parameters it makes the same again in its first step.
+    name it. For the new parameters it makes the same again in its first step (torch 2.11's does not).
     """
     for group, params in zip(optimizer.param_groups, of_groups, strict=True):
         group["params"] = params
     trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for key in [key for key in optimizer.state if isinstance(key, torch.Tensor) and id(key) not in trained]:
         del optimizer.state[key]
+    make_state_again(optimizer)
 
 
 def start_process_state(cpu: bool, **init_kwargs: Any) -> PartialState:

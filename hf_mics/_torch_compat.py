@@ -1,4 +1,4 @@
-"""Where does the engine touch private names of torch? Here alone, checked on torch 2.13.0 and 2.14.1.
+"""Where does the engine touch private names of torch? Here alone, checked on torch 2.11.0, 2.12.1, 2.13.0 and 2.14.1.
 
 FSDP2's public seams (`set_custom_all_gather`, `set_custom_reduce_scatter`, `set_requires_all_reduce`) say how to
 communicate, but not what a unit holds between micro-steps. `Unit` names the few facts that the two-hop schedule needs.
@@ -22,7 +22,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import DTensor
 
 from hf_mics._torch_names import check_group, check_state
-from hf_mics.errors import ConfigError
+from hf_mics.errors import ConfigError, MiCSError
+
+# torch 2.13 renamed the two calls; those before it have only the old names, which 2.13 keeps as aliases that
+# CommDebugMode and other counters no longer see.
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Unit:
@@ -259,12 +264,16 @@ class Unit:
     def finish_late_reduction(self) -> None:
         """Waits for a reduction that was issued after FSDP2's own end of backward."""
         self._group.finalize_backward()
-        states = self._group.comm_ctx.reduce_scatter_states
+        context = self._group.comm_ctx
         current = self._group.device_handle.current_stream()
+        several = hasattr(context, "reduce_scatter_states")  # torch 2.11 keeps one
+        states = context.reduce_scatter_states if several else [context.reduce_scatter_state]
         for state in states:
-            if state.event is not None:
+            if state is not None and state.event is not None:
                 current.wait_event(state.event)
         states.clear()
+        if not several:
+            context.reduce_scatter_state = None
         self._group._training_state = type(self._group._training_state).IDLE
 
     @property
@@ -296,7 +305,7 @@ def find_units(model: nn.Module) -> Iterator[Unit]:
             continue
         state = module._get_fsdp_state()
         check_state(state)
-        groups = state._fsdp_param_groups
+        groups = _groups_of(state)
         if len(groups) > 1:
             raise ConfigError(
                 f"{name or type(module).__name__} holds {len(groups)} FSDP2 parameter groups on different meshes "
@@ -307,6 +316,12 @@ def find_units(model: nn.Module) -> Iterator[Unit]:
             if id(group) not in seen:
                 seen.add(id(group))
                 yield Unit(module, group, name)
+
+
+def _groups_of(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.11
 
 
 def is_root(model: nn.Module) -> bool:
@@ -403,6 +418,17 @@ def gradient_hooks(param: nn.Parameter) -> list[Callable[..., Any]]:
     return list((param._backward_hooks or {}).values())
 
 
+def make_state_again(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state that torch 2.11's Adagrad makes in its constructor alone, for parameters that have none."""
+    if not isinstance(optimizer, torch.optim.Adagrad) or "full_like" in optimizer._init_group.__code__.co_names:
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param not in optimizer.state:
+                total = torch.full_like(param, group["initial_accumulator_value"])
+                optimizer.state[param] = {"step": torch.tensor(0.0), "sum": total}
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread."""
     return torch._C._current_graph_task_id() != -1
@@ -417,7 +443,16 @@ def unfinished_pass(model: nn.Module) -> Literal["forward", "backward"] | None:
 
 
 def reset_after_error(model: nn.Module) -> None:
-    """Lets FSDP2 forget a forward or backward that raised; partial sums are lost."""
+    """Lets FSDP2 forget a forward or backward that raised; partial sums are lost.
+
+    Raises:
+        MiCSError: this torch cannot (`reset_iter_state` came with 2.13).
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise MiCSError(
+            f"a forward or backward raised, and torch {torch.__version__} cannot start again after that. Install torch "
+            "2.13 or 2.14, whose FSDPModule has reset_iter_state, or let the error end the job."
+        )
     # Not `model.reset_iter_state()`: a schedule puts its own method there, which calls this function.
     FSDPModule.reset_iter_state(cast(FSDPModule, model))
 

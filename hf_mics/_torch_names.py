@@ -6,6 +6,7 @@ Checked when MiCS is put on a model, so that another torch fails there and not i
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ _LAZY_ATTRIBUTES = {
     "_init_mp_dtypes": ("_orig_dtype", "_reduce_dtype"),
     "lazy_init": ("reduce_scatter_states", "reduce_scatter_stream"),
 }
+# What torch 2.11 has instead, which holds one at most.
+_FORMER_NAMES = {"_fsdp_param_groups": "_fsdp_param_group", "reduce_scatter_states": "reduce_scatter_state"}
 
 
 def check_group(group: Any) -> None:
@@ -88,19 +91,20 @@ def check_state(state: Any) -> None:
 
 def _require(thing: Any, kind: str, attributes: tuple[str, ...]) -> None:
     declared = getattr(type(thing), "__annotations__", {})  # _unsharded_param: it has no value yet
-    _refuse_missing(kind, [name for name in attributes if not hasattr(thing, name) and name not in declared])
+    _refuse_missing(kind, attributes, lambda name: hasattr(thing, name) or name in declared)
 
 
 def _require_set_by(thing: Any, kind: str, method: str) -> None:
     """Checks that `thing.method()`, which the first forward calls, sets what is read after it."""
     _require(thing, kind, (method,))
     named = inspect.unwrap(getattr(type(thing), method)).__code__.co_names
-    _refuse_missing(kind, [name for name in _LAZY_ATTRIBUTES[method] if name not in named])
+    _refuse_missing(kind, _LAZY_ATTRIBUTES[method], lambda name: name in named)
 
 
-def _refuse_missing(kind: str, missing: list[str]) -> None:
+def _refuse_missing(kind: str, names: tuple[str, ...], has: Callable[[str], bool]) -> None:
+    missing = [name for name in names if not has(name) and not has(_FORMER_NAMES.get(name, name))]
     if missing:
         raise MiCSError(
             f"torch {torch.__version__} has no {kind}.{missing[0]}, which two-hop synchronization needs. hf_mics works "
-            "on torch 2.13 and 2.14; install one of these."
+            "on torch 2.11 to 2.14; install one of these."
         )

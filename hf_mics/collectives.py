@@ -26,8 +26,10 @@ from torch.distributed import ReduceOp
 from hf_mics._torch_compat import (
     AllGather,
     ReduceScatter,
+    all_gather_single,
     coalesced,
     premul_factor,
+    reduce_scatter_single,
 )
 from hf_mics.errors import MiCSError
 from hf_mics.meter import TrafficMeter
@@ -68,7 +70,7 @@ class MiCSAllGather(AllGather):
             with self._meter.timed("hop1", output_tensor.device):
                 if output_tensor.device.type == "cpu" and self._groups.topology.nodes_per_partition == 1:
                     return _run(_gather_inside(output_tensor, input_tensor, group), output_tensor.device, async_op)
-                return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+                return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         m, k = inter.size(), intra.size()
         shard_bytes = _bytes(input_tensor)
         self._meter.add("all_gather", "inter_node", bytes_sent=shard_bytes * (m - 1))
@@ -84,14 +86,14 @@ class MiCSAllGather(AllGather):
         columns = torch.empty(m, numel, dtype=shard.dtype, device=shard.device)
         places = output.view(m, intra.size() * numel)
         if output.device.type == "cpu":
-            yield dist.all_gather_single(columns.view(-1), shard, group=inter, async_op=True)
+            yield all_gather_single(columns.view(-1), shard, group=inter, async_op=True)
             for place, column in zip(places, columns, strict=True):
                 yield from _gather_inside(place, column, intra)
             return
-        dist.all_gather_single(columns.view(-1), shard, group=inter)
+        all_gather_single(columns.view(-1), shard, group=inter)
         with coalesced(intra):
             for place, column in zip(places, columns, strict=True):
-                dist.all_gather_single(place, column, group=intra)
+                all_gather_single(place, column, group=intra)
 
 
 class MiCSReduceScatter(ReduceScatter):
@@ -197,7 +199,7 @@ class MiCSReduceScatter(ReduceScatter):
             return
         with coalesced(intra):
             for row, block in zip(rows, blocks, strict=True):
-                dist.reduce_scatter_single(row, block, group=intra, op=op)
+                reduce_scatter_single(row, block, group=intra, op=op)
         _scatter_into(output, rows.view(-1), inter, _second_operation(op))
 
 
@@ -294,7 +296,7 @@ def _run(stages: Iterator[dist.Work], device: torch.device, async_op: bool) -> d
 def _scatter_into(output: torch.Tensor, wire: torch.Tensor, group: dist.ProcessGroup, op: Any) -> None:
     """The backend's reduce-scatter in the wire dtype, in the current stream, then widened into `output`."""
     reduced = output if output.dtype == wire.dtype else torch.empty_like(output, dtype=wire.dtype)
-    dist.reduce_scatter_single(reduced, wire, group=group, op=op)
+    reduce_scatter_single(reduced, wire, group=group, op=op)
     if reduced is not output:
         output.copy_(reduced)
 

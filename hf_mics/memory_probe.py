@@ -31,7 +31,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hf_mics._torch_compat import (
     AllGather,
     ReduceScatter,
+    all_gather_single,
     find_units,
+    reduce_scatter_single,
     without_wrappers,
 )
 from hf_mics.errors import ConfigError
@@ -194,7 +196,7 @@ class _Gather(AllGather):
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> Any:
         columns = input_tensor.new_empty(self._staged_nodes * input_tensor.numel())
-        work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        work = all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         del columns
         return work
 
@@ -220,7 +222,7 @@ class _Scatter(ReduceScatter):
     ) -> Any:
         rows = input_tensor.new_empty(self._staged_nodes * output_tensor.numel())
         reduced = torch.empty_like(output_tensor, dtype=input_tensor.dtype)
-        work = dist.reduce_scatter_single(reduced, input_tensor, group=group, op=dist.ReduceOp.SUM, async_op=async_op)
+        work = reduce_scatter_single(reduced, input_tensor, group=group, op=dist.ReduceOp.SUM, async_op=async_op)
         del rows
         return work
 

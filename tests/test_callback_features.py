@@ -29,7 +29,7 @@ from hf_mics.errors import ConfigError, LossError
 from hf_mics.training_meter import TrainingMeter
 from tests import tiny
 from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
-from tests.on_ranks import Layout, on_ranks
+from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.test_accelerator import fresh_accelerator
 from tests.test_callback import TOLERANCE
 from tests.toy import Pair
@@ -290,6 +290,7 @@ def test_resuming_in_mid_epoch_gives_the_weights_of_an_undisturbed_run(layout: L
         assert_same(runs[1], runs[0], 0.0)
 
 
+@after_an_error
 @on_ranks(LAYOUT)
 def test_auto_find_batch_size_starts_again_after_running_out_of_memory(layout: Layout) -> None:
     tried: list[list[int]] = []

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     OffloadWrapper,
 )
 
-from hf_mics import _torch_names
+from hf_mics import _torch_compat, _torch_names
 from hf_mics.errors import MiCSError
 from hf_mics.plugin import MiCSPlugin
 from hf_mics.sharding import _ignored_parameters, _widen_scalars, checkpoint_activations, restore_scalars
@@ -122,4 +123,35 @@ def test_a_torch_without_a_name_that_is_read_is_refused_with_its_version():
         _torch_names.check_group(group())
     state = present(_torch_names._STATE_ATTRIBUTES)
     with pytest.raises(MiCSError, match=r"FSDPStateContext\.post_backward_final_callback_queued"):
+        _torch_names.check_state(state)
+
+
+@pytest.mark.parametrize("held", [None, "group"])
+def test_names_of_torch_2_11_will_do(monkeypatch: pytest.MonkeyPatch, held: str | None):
+    """It holds one parameter group or none, and one reduce-scatter or none, where later ones have lists."""
+
+    class Training:
+        IDLE = "idle"
+
+    class Context:
+        reduce_scatter_state = held and SimpleNamespace(event="event")
+
+        def lazy_init(self) -> None:
+            self.reduce_scatter_state = self.reduce_scatter_stream = None
+
+    group, waited = MagicMock(comm_ctx=Context(), fsdp_params=[], _training_state=Training()), []
+    group.device_handle.current_stream.return_value.wait_event = waited.append
+    _torch_names._require_set_by(group.comm_ctx, "FSDPCommContext", "lazy_init")
+    monkeypatch.setattr(_torch_compat, "check_group", lambda group: None)
+    _torch_compat.Unit(nn.Linear(1, 1), group, "").finish_late_reduction()
+    assert (waited, group.comm_ctx.reduce_scatter_state) == (["event"] if held else [], None)
+
+    names = {*_torch_names._STATE_ATTRIBUTES, "_fsdp_param_group"} - {"_fsdp_param_groups"}
+    state = SimpleNamespace(**dict.fromkeys(names))
+    state._state_ctx = SimpleNamespace(**dict.fromkeys(_torch_names._CONTEXT_ATTRIBUTES))
+    state._fsdp_param_group = held
+    _torch_names.check_state(state)
+    assert _torch_compat._groups_of(state) == ([held] if held else [])
+    del state._fsdp_param_group
+    with pytest.raises(MiCSError, match=r"no FSDPState\._fsdp_param_groups.*torch 2\.11 to 2\.14"):
         _torch_names.check_state(state)

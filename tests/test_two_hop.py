@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from hf_mics import remove_mics
 from hf_mics.errors import WindowError
-from tests.on_ranks import Layout, on_ranks
+from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.toy import (
     HeadNet,
     Net,
@@ -273,6 +273,7 @@ def test_an_abandoned_window_of_a_pure_bf16_model_leaks_nothing(layout: Layout, 
     assert all(torch.equal(got[name], grad) for name, grad in expected.items())
 
 
+@after_an_error
 @on_ranks(*LAYOUTS)
 def test_an_abandoned_window_leaks_nothing_after_reset_iter_state(layout: Layout):
     pair = Pair(layout)
@@ -286,6 +287,7 @@ def test_an_abandoned_window_leaks_nothing_after_reset_iter_state(layout: Layout
     pair.assert_same_weights()
 
 
+@after_an_error
 @on_ranks(TWO_REPLICAS)
 def test_reset_iter_state_leaves_no_partial_gradient_on_a_layer_that_is_skipped_afterwards(layout: Layout):
     pair = Pair(layout)

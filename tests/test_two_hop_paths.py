@@ -12,12 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.utils.checkpoint import checkpoint
 
 from hf_mics import apply_mics, mics_engine, remove_mics
-from hf_mics.errors import ConfigError
-from tests.on_ranks import Layout, on_ranks
+from hf_mics.errors import ConfigError, MiCSError
+from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.toy import (
     Net,
     Pair,
@@ -102,6 +107,7 @@ class Boom(torch.autograd.Function):
         raise MemoryError("out of memory in backward")
 
 
+@after_an_error
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @on_ranks(*LAYOUTS)
 def test_a_window_whose_backward_raised_can_be_tried_again(layout: Layout, failing: int):
@@ -128,6 +134,7 @@ def test_a_window_whose_backward_raised_can_be_tried_again(layout: Layout, faili
     pair.assert_same_weights()
 
 
+@after_an_error
 @pytest.mark.parametrize("failing", [0, 1])
 @on_ranks(TWO_REPLICAS)
 def test_a_backward_that_raised_has_dropped_its_window_at_the_next_forward(layout: Layout, failing: int):
@@ -456,19 +463,32 @@ def test_a_fused_zero_grad_to_zeros_drops_an_abandoned_window_beside_a_finished_
     pair.assert_same_gradients()
 
 
+def bad_batch(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    raise MemoryError("bad batch")
+
+
+@after_an_error
 @on_ranks(TWO_REPLICAS)
 def test_earlier_micro_steps_survive_a_forward_that_raised(layout: Layout):
     pair = Pair(layout)
-
-    def explode(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        raise MemoryError("bad batch")
-
     pair.backward(0, 0, of=3)
     with pytest.raises(MemoryError):
-        pair.backward(0, 1, of=3, twin=False, wrap=explode)
+        pair.backward(0, 1, of=3, twin=False, wrap=bad_batch)
     pair.backward(0, 1, of=3)
     pair.backward(0, 2, of=3)
     pair.assert_same_gradients()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_torch_that_cannot_start_again_after_an_error_is_told_apart(layout: Layout):
+    """torch 2.11 and 2.12; FSDP2 alone would train on with what the pass that raised has left."""
+    pair = Pair(layout)
+    with pytest.raises(MemoryError):
+        pair.backward(0, 0, of=2, twin=False, wrap=bad_batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(FSDPModule, "reset_iter_state", raising=False)
+        with pytest.raises(MiCSError, match=r"cannot start again after that\. Install torch 2\.13 or 2\.14"):
+            pair.backward(0, 0, of=2, twin=False)
 
 
 @on_ranks(TWO_REPLICAS)

@@ -45,7 +45,7 @@ class Segment(NamedTuple):
 def micro_step_s(segments: Sequence[Segment], *, hop2: bool, overlap: bool, hop2_beside: bool = False) -> float:
     """Seconds of one forward and backward through `segments`, until the compute lane may go on.
 
-    Modelled, as torch 2.13 does it: one gather is prefetched (it starts when the computing before it starts), a
+    Modelled, as torch 2.11 to 2.13 do it: one gather is prefetched (it starts when the computing before it starts), a
     reduce-scatter starts when backward of its unit ends, and the next-but-one backward waits for it (one input buffer);
     hop 2 runs beside the rest of backward; everything is waited for at the end of backward.
 
