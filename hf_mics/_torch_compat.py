@@ -7,6 +7,7 @@ A torch that lacks one of FSDP2's names (`_torch_names`) fails at attach time, w
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -440,6 +441,18 @@ def unfinished_pass(model: nn.Module) -> Literal["forward", "backward"] | None:
     if context.post_backward_final_callback_queued:
         return "backward"
     return "forward" if context.iter_forward_root is not None else None
+
+
+def in_forward_method(model: nn.Module) -> bool:
+    """Whether a method of `model` runs for which FSDP2 has begun a forward, such as an encoder-decoder's `generate`."""
+    # When such a method calls the model's forward, the stack alone tells it from one that raised.
+    methods = [code for code in register_fsdp_forward_method.__code__.co_consts if isinstance(code, types.CodeType)]
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in methods and frame.f_locals.get("self") in (model, plain(model)):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def reset_after_error(model: nn.Module) -> None:

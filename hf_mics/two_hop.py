@@ -34,6 +34,7 @@ from hf_mics._torch_compat import (
     after_backward,
     gradient_hooks,
     in_backward,
+    in_forward_method,
     override_method,
     remove_override,
     reset_after_error,
@@ -58,7 +59,11 @@ class TwoHopSchedule:
         self._windows = [Window(unit, hop2, hop2_groups) for unit, hop2 in zip(units, hop2_groups, strict=True)]
         for unit in units:
             unit.reduces = True
-        self._hook = model.register_forward_pre_hook(torch.compiler.disable(self._begin_forward), prepend=True)
+        self._in_forward = False
+        self._hooks = (
+            model.register_forward_pre_hook(torch.compiler.disable(self._begin_forward), prepend=True),
+            model.register_forward_hook(torch.compiler.disable(self._end_forward)),
+        )
         self._undo_after_backward = after_backward(model, self._end_backward)
         self._guards: list[RemovableHandle] = []
         override_method(model, "set_requires_gradient_sync", _set_requires_gradient_sync)
@@ -89,7 +94,7 @@ class TwoHopSchedule:
         self.drop_window()
         for window in self._windows:
             window.detach()
-        for handle in (self._hook, *self._guards):
+        for handle in (*self._hooks, *self._guards):
             handle.remove()
         self._undo_after_backward()
         remove_override(self._model, "set_requires_gradient_sync")
@@ -110,8 +115,16 @@ class TwoHopSchedule:
                 refuse_gradient_hooks((name, param) for param in window.unit.sharded_params)
                 self._guard(name, window.unit.sharded_params)
         unfinished = unfinished_pass(self._model)
-        if unfinished is None:
-            return
+        if unfinished == "forward" and not self._in_forward and in_forward_method(self._model):
+            unfinished = None
+        if unfinished is not None:
+            self._clear_away(unfinished)
+        self._in_forward = True
+
+    def _end_forward(self, *_: Any) -> None:
+        self._in_forward = False
+
+    def _clear_away(self, unfinished: str) -> None:
         sums = [window.unit.partial_sum if unfinished == "forward" else None for window in self._windows]
         reset_after_error(self._model)
         for window, partial in zip(self._windows, sums, strict=True):
@@ -127,6 +140,7 @@ class TwoHopSchedule:
     def _reset_iter_state(self, model: nn.Module) -> None:
         """Replaces `FSDPModule.reset_iter_state`, which leaves gradients on unsharded parameters."""
         reset_after_error(model)
+        self._in_forward = False
         for window in self._windows:
             window.drop()
             window.unit.forget_unsharded_gradients()

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.utils.checkpoint import checkpoint
 
-from hf_mics import apply_mics, mics_engine, remove_mics
+from hf_mics import apply_mics, mics_engine, remove_mics, two_hop
 from hf_mics.errors import ConfigError, MiCSError
 from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.toy import (
@@ -477,6 +479,27 @@ def test_earlier_micro_steps_survive_a_forward_that_raised(layout: Layout):
     pair.backward(0, 1, of=3)
     pair.backward(0, 2, of=3)
     pair.assert_same_gradients()
+
+
+@on_ranks(TWO_REPLICAS)
+def test_a_method_that_calls_forward_is_taken_for_one_that_raised_only_after_that(layout: Layout):
+    """FSDP2 begins a forward for the method, as of an encoder-decoder's generate, and the forward inside is another."""
+    pair = Pair(layout)
+    pair.mics.score = lambda rows: pair.mics(pair.mics(rows)[:, :1].expand_as(rows))
+    register_fsdp_forward_method(pair.mics, "score")
+    rows = my_part(batch(0, 0, layout.world))
+    clear = mock.Mock(side_effect=MiCSError)
+    with mock.patch.object(two_hop, "reset_after_error", clear):
+        for micro in range(3):
+            with torch.no_grad():
+                pair.mics.score(rows)
+            pair.backward(0, micro, of=3)
+        pair.assert_same_gradients()
+        clear.assert_not_called()
+        with pytest.raises(MemoryError):
+            pair.backward(1, 0, of=2, twin=False, wrap=bad_batch)
+        with pytest.raises(MiCSError):
+            pair.mics.score(rows)
 
 
 @on_ranks(TWO_REPLICAS)
