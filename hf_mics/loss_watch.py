@@ -23,13 +23,14 @@ class LossWatch:
     """Watches the losses that pass through `accelerator.backward`, until `close`.
 
     Args:
-        accelerator: accelerate's or a MiCSAccelerator, whose job has a process group, also of one rank.
+        accelerator: accelerate's or a MiCSAccelerator, also of a lone process.
     """
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
         self._backward = accelerator.backward
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._is_job = dist.is_initialized()
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if self._is_job else (0, 1)
         self._first = torch.full((), _NEVER, device=accelerator.device)
         self._micro_step = 0
         # On the instance: other accelerators, and this one after `close`, keep the class's method.
@@ -41,13 +42,14 @@ class LossWatch:
         Raises:
             LossError: on every rank, if a loss since the last call was not finite on any.
         """
-        dist.all_reduce(self._first, op=dist.ReduceOp.MIN)
+        if self._is_job:
+            dist.all_reduce(self._first, op=dist.ReduceOp.MIN)
         code = int(self._first.item())
         self._micro_step = 0
         if code == _NEVER:
             return
         micro_step, rank = divmod(code, self._world_size)
-        nodes = say_to_all(socket.gethostname)
+        nodes = say_to_all(socket.gethostname) if self._is_job else [socket.gethostname()]
         raise LossError(
             f"the loss is not finite: optimizer step {step}, micro-step {micro_step + 1}, seen first by rank {rank} on "
             f"node {nodes[rank]}. Training stops before that step: weights, optimizer and checkpoints are those of "

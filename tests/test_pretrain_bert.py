@@ -100,4 +100,4 @@ def test_folder_holds_what_from_pretrained_needs_and_what_a_run_has_to_show(runs
 
 def test_bad_input_is_one_clear_error_that_ends_every_rank(common: list[str | Path | float], tmp_path: Path):
     ranks = run_on_ranks("pretrain_bert.py", *common, "--output_dir", tmp_path, "--text_column", "body")
-    assert_told(ranks, "pretrain_bert.py: error: No column 'body' in the train split")
+    assert_told(ranks, "pretrain_bert.py: error: no column 'body' in the train split")
