@@ -57,14 +57,20 @@ def _passing_over(stock: Callable[..., Any]) -> Any:
         if self not in _WATCHES:
             _WATCHES[self] = self.register_forward_pre_hook(_refuse_absent)
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            cast = dtype if tensor.is_floating_point() or tensor.is_complex() else None
-            return tensor.to(tensor.device if tensor.is_meta else device, cast or tensor.dtype)
-
-        return self._apply(move)
+        return move_present(self, device, dtype)
 
     setattr(to, _MARK, True)
     return to
+
+
+def move_present(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """Moves the weights and buffers that this rank has, as `model.to` would, and leaves the others on meta."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        cast = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        return tensor.to(tensor.device if tensor.is_meta else device, cast or tensor.dtype)
+
+    return model._apply(move)
 
 
 _WATCHES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_mics._hf_compat import known_for_evaluation, prepared
 from hf_mics._torch_compat import is_root
-from hf_mics.absent_weights import expect_weights, has_absent_weights
+from hf_mics.absent_weights import expect_weights, has_absent_weights, move_present
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import say_to_all
 from hf_mics.sharding import check_everywhere, share_weights
@@ -74,7 +74,7 @@ def make_whole(model: nn.Module, device: torch.device) -> None:
         ConfigError: ranks hold different models, or rank 0 has no weights; on every rank alike.
     """
     check_everywhere(model)
-    model.to(device)
+    move_present(model, device)
     share_weights(model, device)
     expect_weights(model)
 
