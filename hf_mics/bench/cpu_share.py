@@ -54,21 +54,28 @@ def existing(pattern: str) -> list[str]:
 def create(name: str, cpus: float) -> None:
     """A control group whose processes together use at most `cpus` CPUs, on average over 10 ms."""
     mount, version = _controller()
-    group, quota_us = mount / name, round(cpus * _PERIOD_US)
+    group = mount / name
     try:
         if version == 2:
             (mount / "cgroup.subtree_control").write_text("+cpu")
         group.mkdir()
-        if version == 2:
-            (group / "cpu.max").write_text(f"{quota_us} {_PERIOD_US}")
-        else:
-            (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
-            (group / "cpu.cfs_quota_us").write_text(str(quota_us))
+        limit(name, cpus)
     except OSError as error:
         raise ConfigError(
             f"the kernel did not make a control group {group} of {cpus} CPUs: {error.strerror}. Run outside of a "
             "container, or leave nodes without a share."
         ) from None
+
+
+def limit(name: str, cpus: float | None) -> None:
+    """Gives the control group another share from now on; None: whatever is free."""
+    mount, version = _controller()
+    quota_us = None if cpus is None else round(cpus * _PERIOD_US)
+    if version == 2:
+        (mount / name / "cpu.max").write_text(f"{'max' if quota_us is None else quota_us} {_PERIOD_US}")
+        return
+    (mount / name / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+    (mount / name / "cpu.cfs_quota_us").write_text(str(-1 if quota_us is None else quota_us))
 
 
 def inside(name: str, command: list[str]) -> list[str]:

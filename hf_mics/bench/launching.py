@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from hf_mics.bench.measure import Part
 from hf_mics.bench.namespaces import NIC
 from hf_mics.bench.peers import ROOT, interpreter
 from hf_mics.bench.virtual_cluster import VirtualCluster
-from hf_mics.bench.worker import part_path
+from hf_mics.bench.worker import part_path, ready_path
 
 _START_UP_S = 180.0
 _CONFIG = {"distributed_type": "FSDP", "mixed_precision": "no", "fsdp_config": {"fsdp_version": 2}}
@@ -94,8 +95,22 @@ def _launch_on(cluster: VirtualCluster, first: Configuration, folder: Path, limi
         config = folder / "accelerate.yaml"
         config.write_text(yaml.safe_dump({**_CONFIG, "num_processes": first.world_size}))
         command = cluster.accelerate_command(config, first.node_size, _worker(folder), python=python)
-    for result in cluster.launch(command, env=_environment(), timeout_s=limit_s):
-        (folder / f"node{result.node}.log").write_text(result.stdout + result.stderr)
+    _set_shares(cluster, None)
+    with cluster.start(command, env=_environment()) as processes:
+        # Importing takes minutes at a tenth of a CPU, and is not measured.
+        deadline_s = time.monotonic() + _START_UP_S
+        ready = [ready_path(folder, rank) for rank in range(first.world_size)]
+        while not all(path.exists() for path in ready) and processes.running() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        _set_shares(cluster, cluster.cpus_per_node)
+        for result in processes.wait(limit_s):
+            (folder / f"node{result.node}.log").write_text(result.stdout + result.stderr)
+
+
+def _set_shares(cluster: VirtualCluster, cpus: float | None) -> None:
+    if cluster.cpus_per_node is not None:
+        for node in range(cluster.nodes):
+            cluster.set_share(node, cpus)
 
 
 def _launch_here(first: Configuration, folder: Path, limit_s: float) -> None:

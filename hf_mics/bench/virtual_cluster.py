@@ -153,6 +153,15 @@ class VirtualCluster:
         namespaces.shape(self._name(node), NIC, rate_mbit)
         namespaces.shape(self._switch, _port(node), rate_mbit)
 
+    def set_share(self, node: int, cpus: float | None) -> None:
+        """Gives the node of a cluster with shares another share of the CPUs from now on; None: whatever is free.
+
+        Raises:
+            ConfigError: no such node, or a share that is none.
+        """
+        cpu_share.check(cpus, 1)
+        cpu_share.limit(self._name(node), cpus)
+
     def cut(self, node: int) -> None:
         """Pulls the node's cable at the switch: its NIC loses the carrier, packets in both directions are lost."""
         self._name(node)

@@ -27,12 +27,18 @@ def part_path(folder: Path, job: int, rank: int) -> Path:
     return folder / f"job{job}-rank{rank}.json"
 
 
+def ready_path(folder: Path, rank: int) -> Path:
+    """Where a rank says that it has imported its libraries."""
+    return folder / f"rank{rank}.ready"
+
+
 def main(jobs_file: str) -> None:
     """Runs every job of the file on this rank, one after the other."""
     jobs: dict[str, Any] = json.loads(Path(jobs_file).read_text())
     configurations = [Configuration.from_json(values) for values in jobs["configurations"]]
     rank = int(os.environ["RANK"])
     _preload(configurations)
+    ready_path(Path(jobs_file).parent, rank).touch()
     context = multiprocessing.get_context("fork")
     for index, configuration in enumerate(configurations):
         path = part_path(Path(jobs_file).parent, index, rank)

@@ -198,6 +198,10 @@ def test_a_node_with_a_share_of_the_cpus_gets_no_more():
         results = require_success(cluster.launch(lambda node: [sys.executable, "-c", TURN, "0.6"], timeout_s=60))
         # A process with a CPU to itself gets 0.6 s. The kernel hands out slices of 5 ms before it looks at the quota.
         assert all(float(result.stdout) <= 0.2 * result.wall_s + 0.05 for result in results)
+        cluster.set_share(0, None)
+        cluster.set_share(1, 0.1)
+        _, slower = require_success(cluster.launch(lambda node: [sys.executable, "-c", TURN, "0.6"], timeout_s=60))
+        assert float(slower.stdout) <= 0.1 * slower.wall_s + 0.05
     assert machine(name) == before
 
 
