@@ -62,6 +62,7 @@ ALLOWED_PRIVATE = {
     ("sharding.py", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"),
     ("memory_probe.py", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"),
     ("memory_probe.py", "torch.distributed._tools.fsdp2_mem_tracker"),
+    ("memory_probe.py", "torch.distributed._tools.mod_tracker"),
     ("memory_probe.py", "torch._subclasses.fake_tensor"),
     ("memory_probe.py", "torch.testing._internal.distributed.fake_pg"),
     ("probe_models.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"),
