@@ -117,7 +117,7 @@ def _weak_scaling_on_nodes_of(node_size: int, runs: Sequence[Summary]) -> list[s
     sent = large.sent_bytes / small.sent_bytes
     expected = (large.expected_sent_bytes or 0.0) / (small.expected_sent_bytes or 1.0)
     return [
-        _line(claim, f"{growth:.2f}x", f"at most {_SCALING_FACTOR}x", growth <= _SCALING_FACTOR),
+        _line(claim, f"{growth:.3f}x", f"at most {_SCALING_FACTOR}x", growth <= _SCALING_FACTOR),
         f"- from {small.communication_s:.2f} to {large.communication_s:.2f} s in all, of which a rank waits for hop 1 "
         f"{small.hop1_s:.2f} and {large.hop1_s:.2f} s; the bytes of hop 2 take {small.hop2_on_the_wire_s:.2f} "
         f"and {large.hop2_on_the_wire_s:.2f} s at the NICs' rate",
