@@ -7,20 +7,18 @@ training move the model to their device before `prepare`, which torch refuses on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from hf_mics._hf_compat import wrap_once
 from hf_mics._torch_compat import device_and_dtype
 from hf_mics.errors import ConfigError
-
-_MARK = "_hf_mics_leaves_meta"
 
 
 def allow_absent_weights() -> None:
@@ -29,8 +27,7 @@ def allow_absent_weights() -> None:
     Until it gets them, in `prepare` or `prepare_model`, the model's forward is an error: on meta it would return
     numbers of no value without a word.
     """
-    if not hasattr(nn.Module.to, _MARK):
-        cast(Any, nn.Module).to = _passing_over(nn.Module.to)
+    wrap_once(nn.Module, "to", _passing_over)
 
 
 def has_absent_weights(model: nn.Module) -> bool:
@@ -45,8 +42,7 @@ def expect_weights(model: nn.Module) -> None:
             _WATCHES.pop(module).remove()
 
 
-def _passing_over(stock: Callable[..., Any]) -> Any:
-    @functools.wraps(stock)
+def _passing_over(stock: Callable[..., Any]) -> Callable[..., Any]:
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # Rank 0 has nowhere to get its weights from, so there torch's own error is the right one.
         if not (dist.is_initialized() and dist.get_rank() and has_absent_weights(self)):
@@ -56,10 +52,8 @@ def _passing_over(stock: Callable[..., Any]) -> Any:
             return stock(self, *args, **kwargs)
         if self not in _WATCHES:
             _WATCHES[self] = self.register_forward_pre_hook(_refuse_absent)
-
         return move_present(self, device, dtype)
 
-    setattr(to, _MARK, True)
     return to
 
 
@@ -67,8 +61,8 @@ def move_present(model: nn.Module, device: torch.device, dtype: torch.dtype | No
     """Moves the weights and buffers that this rank has, as `model.to` would, and leaves the others on meta."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        cast = dtype if tensor.is_floating_point() or tensor.is_complex() else None
-        return tensor.to(tensor.device if tensor.is_meta else device, cast or tensor.dtype)
+        takes_dtype = tensor.is_floating_point() or tensor.is_complex()
+        return tensor.to(tensor.device if tensor.is_meta else device, (takes_dtype and dtype) or tensor.dtype)
 
     return model._apply(move)
 

@@ -45,6 +45,7 @@ from hf_mics.engine import apply_mics, is_under_mics, mics_engine, say_node_size
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.model_methods import open_to_methods
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology, with_runner_flags
+from hf_mics.process_groups import say_to_all
 from hf_mics.rank_watch import watch_ranks
 from hf_mics.sharding import check_everywhere, checkpoint_activations, restore_scalars, shard_model
 from hf_mics.summary import start_up_summary
@@ -159,11 +160,9 @@ class MiCSAccelerator(StockAccelerator):
 
         Where one rank of each node loads the weights, the others get them here: to be called on every rank.
         """
-        if evaluation_mode and self.mics_plugin.cpu_ram_efficient_loading:
-            absent: list[Any] = [None] * self.num_processes
-            dist.all_gather_object(absent, has_absent_weights(model))
-            if any(absent):
-                make_whole(model, self.device)
+        may_lack = evaluation_mode and self.mics_plugin.cpu_ram_efficient_loading
+        if may_lack and any(say_to_all(lambda: has_absent_weights(model))):
+            make_whole(model, self.device)
         return super().prepare_model(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
 
     def save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:

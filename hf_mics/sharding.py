@@ -119,13 +119,14 @@ def _fully_shard(accelerator: Any, model: nn.Module, ignored: set[nn.Parameter])
     for _, module in plan.heads:
         fully_shard(module, reshard_after_forward=False, **common)
     fully_shard(model, **common)
-    _gather_heads_early(model, [layer for _, layer in plan.layers], [head for _, head in plan.heads])
+    if plan.heads:
+        _gather_heads_beside(plan.layers[-1][1], [head for _, head in plan.heads])
     keep_class_name(model)
     plugin.wrap_report = (plan.describe(), *plan.skipped)
 
 
-def _gather_heads_early(model: nn.Module, layers: list[Any], heads: list[Any]) -> None:
-    """Lets the heads be gathered beside the last layer, for models that use a head's weight and never call the head.
+def _gather_heads_beside(layer: Any, heads: list[Any]) -> None:
+    """Lets the heads be gathered beside the last `layer`, for models that use a head's weight and never call the head.
 
     TRL computes the loss from `lm_head.weight`. Of a weight that is sharded then, every rank would train its shard on
     its own rows alone, and replicas would drift apart.
@@ -138,11 +139,8 @@ def _gather_heads_early(model: nn.Module, layers: list[Any], heads: list[Any]) -
             for head in heads:
                 head.unshard()
 
-    if layers:
-        layers[-1].set_modules_to_forward_prefetch(heads)
-        layers[-1].register_forward_hook(wait)
-    else:
-        model.register_forward_pre_hook(wait)
+    layer.set_modules_to_forward_prefetch(heads)
+    layer.register_forward_hook(wait)
 
 
 def keep_class_name(model: nn.Module) -> None:

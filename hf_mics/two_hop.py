@@ -115,9 +115,10 @@ class TwoHopSchedule:
                 refuse_gradient_hooks((name, param) for param in window.unit.sharded_params)
                 self._guard(name, window.unit.sharded_params)
         unfinished = unfinished_pass(self._model)
-        if unfinished == "forward" and not self._in_forward and in_forward_method(self._model):
-            unfinished = None
-        if unfinished is not None:
+        # FSDP2 has begun a forward for such a method, inside which this is the model's own. One that raised earlier has
+        # left `_in_forward` behind.
+        inside = unfinished == "forward" and not self._in_forward and in_forward_method(self._model)
+        if unfinished is not None and not inside:
             self._clear_away(unfinished)
         self._in_forward = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -109,6 +110,11 @@ class Boom(torch.autograd.Function):
         raise MemoryError("out of memory in backward")
 
 
+def explode(layer: nn.Module, x: torch.Tensor, pair: Pair) -> torch.Tensor:
+    """Runs `layer`, and in backward out of memory if it is the second one."""
+    return layer(Boom.apply(x) if layer is pair.mics.layers[1] else x)
+
+
 @after_an_error
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @on_ranks(*LAYOUTS)
@@ -118,13 +124,10 @@ def test_a_window_whose_backward_raised_can_be_tried_again(layout: Layout, faili
     pair.window(0)
     pair.step()
 
-    def explode(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return layer(Boom.apply(x) if layer is pair.mics.layers[1] else x)
-
     for micro in range(failing):
         pair.backward(1, micro, of=3, twin=False)
     with pytest.raises(MemoryError):
-        pair.backward(1, failing, of=3, twin=False, wrap=explode)
+        pair.backward(1, failing, of=3, twin=False, wrap=functools.partial(explode, pair=pair))
     pair.mics.reset_iter_state()
     pair.zero_grad()
     for step in (1, 2):
@@ -146,13 +149,10 @@ def test_a_backward_that_raised_has_dropped_its_window_at_the_next_forward(layou
     """
     pair = Pair(layout)
 
-    def explode(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return layer(Boom.apply(x) if layer is pair.mics.layers[1] else x)
-
     for micro in range(failing):
         pair.backward(1, micro, of=3, twin=False)
     with pytest.raises(MemoryError):
-        pair.backward(1, failing, of=3, twin=False, wrap=explode)
+        pair.backward(1, failing, of=3, twin=False, wrap=functools.partial(explode, pair=pair))
     pair.window(2)
     pair.assert_same_gradients()
     pair.step()

@@ -157,8 +157,13 @@ class VirtualCluster:
         """Gives the node of a cluster with shares another share of the CPUs from now on; None: whatever is free.
 
         Raises:
-            ConfigError: no such node, or a share that is none.
+            ConfigError: no such node, a share that is none, or a cluster without shares.
         """
+        if self.cpus_per_node is None:
+            raise ConfigError(
+                f"virtual cluster {self.name!r} has no shares of CPUs to change. Bring it up with some: "
+                "cpus_per_node=..., or scripts/cluster up --cpus-per-node."
+            )
         cpu_share.check(cpus, 1)
         cpu_share.limit(self._name(node), cpus)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -431,6 +432,8 @@ def test_a_rate_that_tc_does_not_take_is_refused_and_nothing_is_left(rate_mbit: 
 def test_nodes_and_interfaces_that_are_not_there_are_named(cluster: VirtualCluster):
     with pytest.raises(ConfigError, match="has nodes 0 to 1, got 2"):
         cluster.cut(2)
+    with pytest.raises(ConfigError, match="has no shares of CPUs to change"):
+        cluster.set_share(0, 0.2)
     with pytest.raises(ConfigError, match=r"one of \['lo', 'eth0'\]; got 'ens5'"):
         cluster.launch(lambda node: ["true"], env={"GLOO_SOCKET_IFNAME": "ens5"}, timeout_s=5)
     with pytest.raises(ConfigError, match="no interface 'ens5'"):
@@ -452,6 +455,22 @@ def test_impossible_shares_are_refused_before_anything_is_made(
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with pytest.raises(ConfigError, match=message):
         VirtualCluster(4, cpus_per_node=cpus)
+
+
+def test_control_groups_of_version_2_are_given_quotas_in_its_own_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """In a plain folder: what is written where. The kernel's part is tested on what this machine has."""
+    mounts = [("cgroup2", "unified", "hugetlb"), ("cgroup2", "all", "cpuset cpu io")]
+    for _, name, controllers in mounts:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.controllers").write_text(controllers)
+    found = [SimpleNamespace(fstype=kind, mountpoint=str(tmp_path / name), opts="rw") for kind, name, _ in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    cpu_share.create("node", 0.25)
+    assert (tmp_path / "all" / "cgroup.subtree_control").read_text() == "+cpu"
+    assert (tmp_path / "all" / "node" / "cpu.max").read_text() == "2500 10000"
+    cpu_share.limit("node", None)
+    assert (tmp_path / "all" / "node" / "cpu.max").read_text() == "max 10000"
+    assert str(tmp_path / "all" / "node" / "cgroup.procs") in cpu_share.inside("node", ["true"])
 
 
 def test_a_machine_without_control_groups_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch):
