@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,10 @@ from torch.futures import Future
 
 from hf_mics._hf_compat import replaced_storage
 from hf_mics.errors import CheckpointError
+
+READ_BYTES, EXCHANGED_BYTES = 4 << 20, 32 << 20
+"""What a rank reads, and the ranks of a node exchange, at a time: small pieces together, because each exchange waits
+for the slower of its ranks; a larger piece alone, because each rank has memory for those of an exchange."""
 
 Piece = tuple[str, int]
 """Where a stored tensor (or a rank's part of one) is: file and offset. Tied names share one."""
@@ -122,12 +127,15 @@ class NodeReader(FileSystemReader):
                 {rank: [self._piece(item.storage_index) for item in plans[rank].items] for rank in ranks}
             )
             for rank in ranks:
-                mine = [[share for share in shares if rank in (share.reader, *share.others)] for shares in rounds]
+                mine = [
+                    [[share for share in exchange if rank in (share.reader, *share.others)] for exchange in exchanges]
+                    for exchanges in rounds
+                ]
                 plans[rank] = replace(plans[rank], storage_data=mine)
         return plans
 
-    def _rounds(self, needs: dict[int, list[Piece]]) -> list[list[Share]]:
-        """What the ranks of a node read at the same time: in every round one piece each.
+    def _rounds(self, needs: dict[int, list[Piece]]) -> list[list[list[Share]]]:
+        """What the ranks of a node read at the same time, round by round, and in which exchanges it changes hands.
 
         Args:
             needs: the pieces that each rank needs.
@@ -145,7 +153,23 @@ class NodeReader(FileSystemReader):
             load_bytes[reader] += self._lengths[piece]
             others = tuple(rank for rank in needed_by[piece] if rank != reader)
             shares[reader].append(Share(piece, reader, others))
-        return [[share for share in at_once if share] for at_once in zip_longest(*shares.values())]
+        bundles = [self._bundles(read, READ_BYTES) for read in shares.values()]
+        rounds = [chain.from_iterable(at_once) for at_once in zip_longest(*bundles, fillvalue=[])]
+        return [list(self._bundles(at_once, EXCHANGED_BYTES)) for at_once in rounds]
+
+    def _bundles(self, shares: Iterable[Share], most_bytes: int) -> Iterator[list[Share]]:
+        """`shares` in order, as many at a time as hold `most_bytes`, and at least one."""
+        bundle: list[Share] = []
+        bundle_bytes = 0
+        for share in shares:
+            length = self._lengths[share.piece]
+            if bundle and bundle_bytes + length > most_bytes:
+                yield bundle
+                bundle, bundle_bytes = [], 0
+            bundle.append(share)
+            bundle_bytes += length
+        if bundle:
+            yield bundle
 
     def _piece(self, index: MetadataIndex) -> Piece:
         info = self.storage_data[index]
@@ -158,54 +182,68 @@ class NodeReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills this rank's tensors.
 
-        In every round all ranks of a node read at the same time, one piece each; then the pieces change hands one after
-        the other, so that a rank holds its own and one that it has received. A rank that could not read goes on to the
-        end, so that none waits for its messages in vain.
+        In every round all ranks of a node read at the same time; then what they have read changes hands, exchange by
+        exchange, so that a rank holds what it has read in the round and what it receives in the exchange. A rank that
+        could not read goes on to the end, so that none waits for its messages in vain.
         """
         requests: dict[Piece, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             requests[self._piece(item.storage_index)].append(item)
         failures: list[Exception] = []
-        for shares in plan.storage_data:
-            mine = self._read(shares, failures)
-            for share in shares:
-                content = self._hand_on(share, mine)
-                try:
-                    for request in requests[share.piece] if content[-1] else ():
-                        _fill(request, content[:-1], planner)
-                except Exception as error:  # damaged bytes raise anything; the others' messages go on
-                    failures.append(error)
+        for exchanges in plan.storage_data:
+            mine = {
+                share.piece: self._read(share.piece, failures)
+                for share in chain.from_iterable(exchanges)
+                if share.reader == dist.get_rank()
+            }
+            for exchange in exchanges:
+                for piece, content in self._exchange(exchange, mine).items():
+                    try:
+                        for request in requests[piece] if content[-1] else ():
+                            _fill(request, content[:-1], planner)
+                    except Exception as error:  # damaged bytes raise anything; the others' messages go on
+                        failures.append(error)
         if failures:
             raise failures[0]
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read(self, shares: list[Share], failures: list[Exception]) -> torch.Tensor:
-        """This rank's piece of a round, and a byte that says whether it was read: who only receives cannot tell."""
-        for share in shares:
-            if share.reader == dist.get_rank():
-                content = torch.zeros(self._lengths[share.piece] + 1, dtype=torch.uint8)
-                try:
-                    self.read_piece(share.piece, content[:-1])
-                    content[-1] = 1
-                except Exception as error:  # raised once this rank owes no other anything
-                    failures.append(error)
-                return content
-        return torch.empty(0, dtype=torch.uint8)
+    def _read(self, piece: Piece, failures: list[Exception]) -> torch.Tensor:
+        """The bytes of `piece`, and one more that says whether they were read: who only receives cannot tell."""
+        content = torch.empty(self._lengths[piece] + 1, dtype=torch.uint8)
+        content[-1] = 0
+        try:
+            self.read_piece(piece, content[:-1])
+            content[-1] = 1
+        except Exception as error:  # raised once this rank owes no other anything
+            failures.append(error)
+        return content
 
-    def _hand_on(self, share: Share, mine: torch.Tensor) -> torch.Tensor:
-        """Sends what this rank has read to the others that need it, or receives what another has; returns it."""
-        if share.reader != dist.get_rank():
-            message = torch.empty(self._lengths[share.piece] + 1, dtype=torch.uint8, device=self._device)
-            transfers = [dist.P2POp(dist.irecv, message, share.reader)]
-        else:
-            message = mine.to(self._device) if share.others else mine
-            transfers = [dist.P2POp(dist.isend, message, other) for other in share.others]
+    def _exchange(self, shares: list[Share], mine: dict[Piece, torch.Tensor]) -> dict[Piece, torch.Tensor]:
+        """Sends what this rank has read of `shares` to the others that need it and receives what they have read.
+
+        Args:
+            shares: in the same order on every rank.
+            mine: what this rank has read.
+
+        Returns:
+            The content of each piece of `shares`, as `_read` gives it.
+        """
+        contents, transfers = {}, []
+        for share in shares:
+            if share.reader != dist.get_rank():
+                message = torch.empty(self._lengths[share.piece] + 1, dtype=torch.uint8, device=self._device)
+                transfers.append(dist.P2POp(dist.irecv, message, share.reader))
+            else:
+                message = mine[share.piece].to(self._device) if share.others else mine[share.piece]
+                transfers += [dist.P2POp(dist.isend, message, other) for other in share.others]
+            contents[share.piece] = message
         # In a batch, which NCCL sends over the group's own connections instead of making some for every pair of ranks.
+        # Between two ranks messages arrive in the order in which they were sent, over gloo and NCCL alike.
         for work in dist.batch_isend_irecv(transfers) if transfers else ():
             work.wait()
-        return mine if share.reader == dist.get_rank() else message.cpu()
+        return {piece: mine[piece] if piece in mine else message.cpu() for piece, message in contents.items()}
 
     def read_piece(self, piece: Piece, content: torch.Tensor) -> None:
         """Reads a stored piece from disk into `content`, its bytes."""

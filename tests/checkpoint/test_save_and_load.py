@@ -22,7 +22,7 @@ from hf_mics import MiCSPlugin
 from hf_mics.checkpoint.accelerate_state import convert_schedules
 from hf_mics.checkpoint.mark import read_mark
 from hf_mics.checkpoint.resuming import continue_random_state
-from hf_mics.checkpoint.storage import NodeReader
+from hf_mics.checkpoint.storage import EXCHANGED_BYTES, READ_BYTES, NodeReader, Share
 from hf_mics.errors import CheckpointError, MiCSError
 from hf_mics.testing import run_ranks
 from tests import tiny
@@ -181,23 +181,39 @@ def test_each_byte_is_written_once_spread_over_replicas_and_read_once_per_node(t
         assert set(reads) == pieces
 
 
-def test_the_ranks_of_a_node_read_different_pieces_at_the_same_time() -> None:
-    lengths = {("file", offset): 100 - offset for offset in range(9)}
+def who_reads_what(lengths: list[int], needs: dict[int, list[int]]) -> list[list[list[tuple[int, Share]]]]:
+    """Per round and exchange: pieces, by their number, and who shares them."""
+    pieces = [("file", number) for number in range(len(lengths))]
     reader = NodeReader.__new__(NodeReader)
-    reader.__dict__["_lengths"] = lengths
-    shared, own = [("file", offset) for offset in range(8)], ("file", 8)
-    rounds = reader._rounds({4: shared, 5: [*shared, own], 6: shared, 7: shared})
-    assert sorted(share.piece for shares in rounds for share in shares) == sorted(lengths)
-    assert [sorted(share.reader for share in shares) for shares in rounds[:2]] == [[4, 5, 6, 7]] * 2
-    for shares in rounds:
-        for share in shares:
-            needing = {5} if share.piece == own else {4, 5, 6, 7}
-            assert {share.reader, *share.others} == needing
+    reader.__dict__["_lengths"] = dict(zip(pieces, lengths, strict=True))
+    rounds = reader._rounds({rank: [pieces[number] for number in numbers] for rank, numbers in needs.items()})
+    return [[[(share.piece[1], share) for share in exchange] for exchange in exchanges] for exchanges in rounds]
+
+
+def test_the_ranks_of_a_node_read_different_pieces_at_the_same_time() -> None:
+    # Too large for two to be read by a rank at a time.
+    lengths = [READ_BYTES - number for number in range(9)]
+    shared, own = list(range(8)), 8
+    rounds = who_reads_what(lengths, {4: shared, 5: [*shared, own], 6: shared, 7: shared})
+    at_once = [[read for exchange in exchanges for read in exchange] for exchanges in rounds]
+    assert sorted(piece for reads in at_once for piece, _ in reads) == list(range(9))
+    assert [sorted(share.reader for _, share in reads) for reads in at_once[:2]] == [[4, 5, 6, 7]] * 2
+    for reads in at_once:
+        for piece, share in reads:
+            assert {share.reader, *share.others} == ({5} if piece == own else {4, 5, 6, 7})
     load = {
-        rank: sum(lengths[s.piece] for shares in rounds for s in shares if s.reader == rank) for rank in range(4, 8)
+        rank: sum(lengths[piece] for reads in at_once for piece, s in reads if s.reader == rank) for rank in range(4, 8)
     }
-    # Nine pieces of 92 to 100 bytes for four ranks.
-    assert max(load.values()) <= 100 + min(load.values())
+    # Nine pieces of about one size for four ranks.
+    assert max(load.values()) <= READ_BYTES + min(load.values())
+
+
+def test_small_pieces_change_hands_together_and_large_ones_alone() -> None:
+    both = {0: list(range(12)), 1: list(range(12))}
+    small = who_reads_what([READ_BYTES // 4] * 12, both)
+    assert [[len(exchange) for exchange in exchanges] for exchanges in small] == [[8], [4]]
+    large = who_reads_what([EXCHANGED_BYTES - 1] * 12, both)
+    assert [[len(exchange) for exchange in exchanges] for exchanges in large] == [[1, 1]] * 6
 
 
 def load_from_a_bad_disk(folder: str) -> str:
