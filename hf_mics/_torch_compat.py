@@ -497,9 +497,14 @@ def after_backward(model: nn.Module, callback: Callable[[], None]) -> Callable[[
     return undo
 
 
+def default_store() -> dist.Store:
+    """The store through which the job's ranks met."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def job_store() -> dist.Store | None:
     """A connection of its own to the store through which the job's ranks met; None if that is not a TCPStore."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     base = store
     while isinstance(base, dist.PrefixStore):
         base = base.underlying_store

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, r
 from hf_mics.process_groups import say_to_all
 from hf_mics.rank_watch import watch_ranks
 from hf_mics.sharding import check_everywhere, checkpoint_activations, restore_scalars, shard_model
+from hf_mics.shards_saved import check_whole, refuse_to_save_shards
 from hf_mics.summary import start_up_summary
 
 
@@ -97,6 +98,7 @@ class MiCSAccelerator(StockAccelerator):
             import_module("hf_mics.checkpoint.trainer_state").make_trainers_safe()
         if self.mics_plugin.cpu_ram_efficient_loading:
             allow_absent_weights()
+        refuse_to_save_shards()
         _leave_job_at_exit()
         watch_ranks(hosts)
         self._warn_if_two_hop_is_off()
@@ -171,11 +173,7 @@ class MiCSAccelerator(StockAccelerator):
         Raises:
             ConfigError: the object holds shards, which no other program could load.
         """
-        if _holds_shards(obj):
-            raise ConfigError(
-                "this state holds shards of parameters: expected whole tensors, as accelerator.get_state_dict(model) "
-                "gives, called on every rank; got what model.state_dict() returns."
-            )
+        check_whole(obj)
         super().save(obj, f, *args, **kwargs)
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Path:
@@ -286,12 +284,6 @@ class MiCSAccelerator(StockAccelerator):
                 UserWarning,
                 stacklevel=3,
             )
-
-
-def _holds_shards(obj: Any) -> bool:
-    if isinstance(obj, Mapping):
-        return any(map(_holds_shards, obj.values()))
-    return any(map(_holds_shards, obj)) if isinstance(obj, list | tuple) else isinstance(obj, DTensor)
 
 
 # Models that a MiCSAccelerator has prepared.

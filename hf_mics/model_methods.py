@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from hf_mics._torch_compat import override_method, plain
 from hf_mics.checkpoint.prompts import computed_prompts
 from hf_mics.errors import ConfigError
+from hf_mics.process_groups import missing_callers
 from hf_mics.sharding import restore_scalars
 
 
@@ -42,18 +43,32 @@ def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:
         given = given | given.pop("kwargs", {})
         if given.get("state_dict") is not None or given.get("distributed_checkpoint"):
             return stock(*args, **kwargs)
-        if "is_main_process" not in given:
-            # Gathering is collective, and this may be rank 0 alone: it would wait for the others for ever.
-            raise ConfigError(
-                "save_pretrained needs the whole weights, which no rank has. Call it on every rank with "
-                "is_main_process=accelerator.is_main_process, as accelerate's examples do (and upload the folder for "
-                "push_to_hub), or pass state_dict=accelerator.get_state_dict(model), taken on every rank. A Trainer "
-                "has save_model()."
-            )
+        if by_all := "is_main_process" not in given:
+            _check_all_call()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         kwargs["state_dict"] = restore_scalars(model, get_model_state_dict(model, options=options))
         with computed_prompts(model):
             # Gathered for rank 0 alone; PEFT looks its tensors up before it asks who writes.
-            return None if dist.get_rank() else stock(*args, **kwargs)
+            result = None if dist.get_rank() else stock(*args, **kwargs)
+        if by_all:
+            # As where every rank writes its own: whoever goes on finds the folder.
+            dist.barrier()
+        return result
 
     return save_pretrained
+
+
+def _check_all_call() -> None:
+    """Raises ConfigError unless every rank calls this: gathering is collective, and one rank would wait for ever."""
+    missing = missing_callers("save_pretrained", _WAIT_FOR_CALLERS_S)
+    if missing:
+        raise ConfigError(
+            f"save_pretrained needs the whole weights, which no rank has: rank {dist.get_rank()} waited "
+            f"{_WAIT_FOR_CALLERS_S:g} s for rank {missing[0]} to call it too. Call it on every rank, with "
+            "is_main_process=accelerator.is_main_process as accelerate's examples do, and not under `if "
+            "accelerator.is_main_process` (upload the folder for push_to_hub); or pass "
+            "state_dict=accelerator.get_state_dict(model), taken on every rank. A Trainer has save_model()."
+        )
+
+
+_WAIT_FOR_CALLERS_S = 30.0

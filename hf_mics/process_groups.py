@@ -6,6 +6,8 @@ public call, and NCCL communicators only come to life for the axes that are used
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hf_mics._torch_compat import default_store
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.topology import Topology
 
@@ -46,6 +49,28 @@ def say_to_all(say: Callable[[], T]) -> list[T]:
         if isinstance(said, ConfigError):
             raise said
     return everyone
+
+
+def missing_callers(what: str, seconds: float) -> list[int]:
+    """Ranks that have not called this with the same `what` within `seconds` of this rank; empty when all have.
+
+    No collective, which a rank that calls alone could not leave again: ranks leave marks in the job's store.
+    """
+    store, world_size, rank = default_store(), dist.get_world_size(), dist.get_rank()
+    marks = [f"hf_mics/callers/{what}/{_CALLS[what]}/{each}" for each in range(world_size)]
+    store.set(marks[rank], "")
+    deadline = time.monotonic() + seconds
+    while missing := [each for each in range(world_size) if not store.check([marks[each]])]:
+        if time.monotonic() > deadline:
+            store.delete_key(marks[rank])
+            return missing
+        time.sleep(0.02)
+    _CALLS[what] += 1
+    return []
+
+
+# How often all ranks have met, by what for.
+_CALLS: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ FLOORS = {
         "early_evaluation",
         "summary",
         "checkpoint",
+        "shards_saved",
         "accelerator",
         "_trainer_compat",
         "callback",

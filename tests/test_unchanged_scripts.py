@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_mics import MiCSPlugin, remove_mics
+from hf_mics import MiCSPlugin, model_methods, remove_mics
 from hf_mics._torch_compat import find_units, gradient_hooks
 from hf_mics.errors import ConfigError
 from hf_mics.testing import run_ranks
@@ -92,14 +92,21 @@ def check_methods(folder: str) -> dict[str, Any]:
                 optimizer.zero_grad()
         seen[f"trained, generate {generates}"] = full_weights(model)
     seen["texts"] = texts
-    with pytest.raises(ConfigError, match="is_main_process=accelerator.is_main_process"):
-        model.save_pretrained(folder)
     accelerator.unwrap_model(model).save_pretrained(
         folder, is_main_process=accelerator.is_main_process, save_function=accelerator.save
     )
-    for state in (model.state_dict(), {"step": 1, "models": [model.state_dict()]}):
-        with pytest.raises(ConfigError, match="get_state_dict"):
-            accelerator.save(state, f"{folder}/weights.pt")
+    if accelerator.is_main_process:
+        match = "rank 0 waited 0.1 s for rank 1.*is_main_process=accelerator.is_main_process"
+        with mock.patch.object(model_methods, "_WAIT_FOR_CALLERS_S", 0.1), pytest.raises(ConfigError, match=match):
+            model.save_pretrained(f"{folder}/alone")
+    accelerator.wait_for_everyone()
+    for _ in range(2):
+        model.save_pretrained(f"{folder}/by_all")
+        assert Path(folder, "by_all", "model.safetensors").is_file(), "every rank goes on when the folder is there"
+    for state in (model.state_dict(), {"step": 1, "models": [model.state_dict()]}, model, optimizer.state_dict()):
+        for save in (accelerator.save, torch.save):
+            with pytest.raises(ConfigError, match="get_state_dict"):
+                save(state, f"{folder}/weights.pt")
 
     accelerator = fresh_accelerator()
     # PEFT trains the whole head of a classifier beside the adapter.
@@ -140,8 +147,10 @@ def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_wh
     assert all(
         torch.equal(mine, others) for rank in seen for mine, others in zip(seen[0]["texts"], rank["texts"], strict=True)
     )
-    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    assert largest_difference(dict(loaded.named_parameters()), trained) == 0.0
+    for folder in (tmp_path / "by_all", tmp_path):
+        loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+        assert largest_difference(dict(loaded.named_parameters()), trained) == 0.0
+    assert not (tmp_path / "alone").exists()
     assert torch.equal(seen[0]["texts"][-1], loaded.generate(tiny.token_rows(2), max_new_tokens=4))
     assert not (tmp_path / "weights.pt").exists()
     adapted = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "adapter")
