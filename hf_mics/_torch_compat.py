@@ -83,6 +83,11 @@ class Unit:
         return self._group._reshard_after_forward
 
     @property
+    def is_gathered(self) -> bool:
+        """Whether the module holds whole parameters now."""
+        return self._group.is_unsharded
+
+    @property
     def _is_root(self) -> bool:
         return not without_wrappers(self.name)
 

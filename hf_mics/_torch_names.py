@@ -27,6 +27,7 @@ _GROUP_ATTRIBUTES = (
     "post_backward",
     "finalize_backward",
     "comm_ctx",
+    "is_unsharded",
     "_all_gather_comm",
     "_reduce_scatter_comm",
     "_all_reduce_hook",

@@ -43,6 +43,7 @@ from hf_mics.checkpoint.stop import StopRequest
 from hf_mics.early_evaluation import make_whole
 from hf_mics.engine import apply_mics, is_under_mics, mics_engine, say_node_size
 from hf_mics.errors import ConfigError, TopologyError
+from hf_mics.hints import explain_shards
 from hf_mics.model_methods import open_to_methods
 from hf_mics.plugin import MiCSParallelismConfig, MiCSPlugin, requested_sizes, resolve_topology, with_runner_flags
 from hf_mics.process_groups import say_to_all
@@ -99,6 +100,7 @@ class MiCSAccelerator(StockAccelerator):
         if self.mics_plugin.cpu_ram_efficient_loading:
             allow_absent_weights()
         refuse_to_save_shards()
+        explain_shards()
         _leave_job_at_exit()
         watch_ranks(hosts)
         self._warn_if_two_hop_is_off()

@@ -1,4 +1,4 @@
-"""Which methods of a transformers model need help once it is sharded? `save_pretrained`, and `generate` of some."""
+"""Which methods of a model need help once it is sharded? `parameters`, `save_pretrained`, and `generate` of some."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from hf_mics._torch_compat import override_method, plain
+from hf_mics._torch_compat import find_units, in_forward_method, override_method, plain, unfinished_pass
 from hf_mics.checkpoint.prompts import computed_prompts
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import missing_callers
@@ -20,18 +20,39 @@ from hf_mics.sharding import restore_scalars
 
 
 def open_to_methods(model: nn.Module) -> None:
-    """Lets scripts call `save_pretrained` and `generate` on the sharded `model` as on a whole one.
+    """Lets scripts call `parameters`, `save_pretrained` and `generate` of the sharded `model` as of a whole one.
 
     An encoder-decoder's `generate` runs the encoder past the model's own forward, where nothing would gather the
     parameters that belong to no layer.
     """
     sharded = model if isinstance(model, FSDPModule) else plain(model)
+    _show_shards(model, sharded)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(sharded, "generate"):
         register_fsdp_forward_method(sharded, "generate")
     if hasattr(sharded, "save_pretrained"):
         save = _save_pretrained(model, sharded.save_pretrained)
         for module in {model, plain(model)}:
             override_method(module, "save_pretrained", save)
+
+
+def _show_shards(model: nn.Module, sharded: nn.Module) -> None:
+    """Lets `parameters()` and `named_parameters()` of `model` give shards whenever no pass through it is going on.
+
+    A forward without backward, as in evaluation, leaves the root's parameters gathered. What a script then wrote into
+    those (clipped weights, an average to evaluate) would be lost without a word when they are freed.
+    """
+    units = list(find_units(model))
+
+    def named_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        gathered = [unit for unit in units if unit.is_gathered]
+        # The model's own forward asks too: transformers takes its dtype from the first parameter.
+        if gathered and unfinished_pass(sharded) is None and not in_forward_method(sharded):
+            for unit in gathered:
+                unit.module.reshard()
+        return type(self).named_parameters(self, *args, **kwargs)
+
+    for module in {model, plain(model)}:
+        override_method(module, "named_parameters", named_parameters)
 
 
 def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:

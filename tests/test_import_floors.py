@@ -26,6 +26,7 @@ FLOORS = {
         "two_hop",
         "engine",
         "clock",
+        "hints",
         "loss_watch",
         "rank_watch",
         "training_meter",

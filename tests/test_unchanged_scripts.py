@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from hf_mics import MiCSPlugin, model_methods, remove_mics
 from hf_mics._torch_compat import find_units, gradient_hooks
 from hf_mics.errors import ConfigError
+from hf_mics.hints import explain_shards
 from hf_mics.testing import run_ranks
 from tests import tiny
 from tests.test_accelerator import TOLERANCE, fresh_accelerator, full_weights, largest_difference, make_optimizer
@@ -161,6 +163,66 @@ def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_wh
     trained = {name: weight for name, weight in prompted.named_parameters() if "prompt_encoder" in name}
     assert trained
     assert largest_difference(trained, seen[0]["prompt"]) == 0.0
+
+
+def evaluate_on_an_average(model: nn.Module, optimizer: Any, backward: Any, part: Any) -> list[float]:
+    """A loop that evaluates with averaged weights, puts its own back, and clips what is too large."""
+    losses = []
+    average = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for step in range(2):
+        rows = part(tiny.token_rows(8, seed=step))
+        backward(model(input_ids=rows, labels=rows).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        own = {name: param.detach().clone() for name, param in model.named_parameters()}
+        for name, param in model.named_parameters():
+            average[name].lerp_(param.detach(), 0.5)
+            param.data.copy_(average[name])
+        with torch.no_grad():
+            rows = tiny.token_rows(4, seed=9)
+            losses.append(model(input_ids=rows, labels=rows).loss.item())
+        for name, param in model.named_parameters():
+            param.data.copy_(own[name])
+        with torch.no_grad():
+            model(input_ids=rows)
+        for param in model.parameters():
+            param.data.clamp_(-0.03, 0.03)
+    return losses
+
+
+def check_changes_after_evaluation() -> dict[str, Any]:
+    accelerator = fresh_accelerator()
+    model = tiny.build("gpt2")
+    whole = model.transformer.wpe.weight.detach().clone()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    part = functools.partial(torch.Tensor.chunk, chunks=WORLD_SIZE)
+    losses = evaluate_on_an_average(model, optimizer, accelerator.backward, lambda x: part(x)[dist.get_rank()])
+    errors = []
+    with pytest.raises(RuntimeError) as mixed:
+        whole.add_(model.transformer.wpe.weight)
+    errors.append(str(mixed.value))
+    unused = tiny.build("llama")
+    unused, _ = accelerator.prepare(unused, make_optimizer(unused))
+    with pytest.raises(AttributeError) as too_early:
+        unused.model(tiny.token_rows(2))
+    errors.append(str(too_early.value))
+    return {"losses": losses, "weights": full_weights(model), "errors": errors}
+
+
+def test_weights_that_change_after_an_evaluation_change_as_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = run_ranks(check_changes_after_evaluation, WORLD_SIZE)
+    model = tiny.build("gpt2")
+    losses = evaluate_on_an_average(model, make_optimizer(model), torch.Tensor.backward, lambda x: x)
+    for of_rank in seen:
+        assert of_rank["losses"] == pytest.approx(losses, rel=1e-6)
+        assert largest_difference(of_rank["weights"], dict(model.named_parameters())) < TOLERANCE
+    monkeypatch.setattr("sys.excepthook", sys.__excepthook__)
+    explain_shards.__wrapped__()
+    for said in [*seen[0]["errors"], "something else"]:
+        sys.excepthook(RuntimeError, RuntimeError(said), None)
+        assert ("docs/scripts.md" in capsys.readouterr().err) == (said != "something else"), said
 
 
 def check_buffers(folder: str) -> list[dict[str, torch.Tensor]]:
