@@ -20,10 +20,11 @@ from hf_mics.errors import ConfigError
 from hf_mics.two_hop import refuse_gradient_hooks
 
 # By class name, so that torch's and transformers' are met alike. Tried on four ranks: Adafactor raises at its first
-# step, LBFGS ended 43 % off.
+# step, so does PEFT's LoraFAOptimizer, LBFGS ended 43 % off.
 _WHOLE_TENSOR_OPTIMIZERS = {
     "Adafactor": "it averages over whole rows and columns of a weight",
     "LBFGS": "its line search needs sums over all shards",
+    "LoraFAOptimizer": "it inverts products of whole adapter weights",
 }
 
 
@@ -81,9 +82,15 @@ def check_model(model: nn.Module) -> None:
     """Refuses what would not survive sharding.
 
     Raises:
-        ConfigError: hooks on gradients, or embeddings with `max_norm` or sparse gradients.
+        ConfigError: hooks on gradients, embeddings with `max_norm` or sparse gradients, or AdaLoRA.
     """
     refuse_gradient_hooks(model.named_parameters())
+    if any(getattr(config, "peft_type", None) == "ADALORA" for config in getattr(model, "peft_config", {}).values()):
+        raise ConfigError(
+            "AdaLoRA cannot work on sharded parameters: its loss has a penalty on whole adapter weights, and its ranks "
+            "are chosen from whole gradients. Expected an adapter that trains by its layers' forward alone: "
+            "LoraConfig (DoRA, rsLoRA, PiSSA and OLoRA among its options), IA3Config, OFTConfig, ..."
+        )
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             continue

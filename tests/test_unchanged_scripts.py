@@ -262,6 +262,10 @@ def check_refusals() -> None:
     refused("an optimizer without its model", make_optimizer(first))
     refused("holds parameters of 2 of them", first, second, make_optimizer(nn.ModuleList([first, second])))
     refused("Adafactor cannot work on sharded parameters", first, transformers.Adafactor(first.parameters()))
+    adapted = peft.get_peft_model(
+        tiny_classifier(), peft.AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], total_step=9)
+    )
+    refused("AdaLoRA cannot work on sharded parameters", adapted, make_optimizer(adapted))
     refused("LBFGS cannot work on sharded parameters", first, torch.optim.LBFGS(first.parameters()))
     for kind in (nn.Embedding, nn.EmbeddingBag):
         for name in ("max_norm", "sparse"):
