@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from hf_mics._torch_compat import find_units, in_forward_method, override_method, plain, unfinished_pass
+from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.prompts import computed_prompts
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import missing_callers
@@ -67,7 +68,8 @@ def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:
         if by_all := "is_main_process" not in given:
             _check_all_call()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        kwargs["state_dict"] = restore_scalars(model, get_model_state_dict(model, options=options))
+        state = restore_scalars(model, get_model_state_dict(model, options=options))
+        kwargs["state_dict"] = share_tied(model, state) if is_pretrained(model) else state
         with computed_prompts(model):
             # Gathered for rank 0 alone; PEFT looks its tensors up before it asks who writes.
             result = None if dist.get_rank() else stock(*args, **kwargs)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -152,6 +153,7 @@ def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_wh
     for folder in (tmp_path / "by_all", tmp_path):
         loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
         assert largest_difference(dict(loaded.named_parameters()), trained) == 0.0
+        assert load_file(folder / "model.safetensors").keys() == trained.keys(), "tied weights are stored once"
     assert not (tmp_path / "alone").exists()
     assert torch.equal(seen[0]["texts"][-1], loaded.generate(tiny.token_rows(2), max_new_tokens=4))
     assert not (tmp_path / "weights.pt").exists()
