@@ -1,4 +1,4 @@
-"""Which methods of a model need help once it is sharded? `parameters`, `save_pretrained`, and `generate` of some."""
+"""Which methods of a model need help once it is sharded? `parameters`, `save_pretrained` and `generate`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from hf_mics.sharding import restore_scalars
 def open_to_methods(model: nn.Module) -> None:
     """Lets scripts call `parameters`, `save_pretrained` and `generate` of the sharded `model` as of a whole one.
 
-    An encoder-decoder's `generate` runs the encoder past the model's own forward, where nothing would gather the
-    parameters that belong to no layer.
+    Some models' `generate` runs a part past the model's own forward, where nothing would gather the parameters that
+    belong to no layer: an encoder-decoder's the encoder, PEFT's the base model.
     """
     sharded = model if isinstance(model, FSDPModule) else plain(model)
     _show_shards(model, sharded)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(sharded, "generate"):
+    if hasattr(sharded, "generate"):
         register_fsdp_forward_method(sharded, "generate")
     if hasattr(sharded, "save_pretrained"):
         save = _save_pretrained(model, sharded.save_pretrained)

@@ -131,6 +131,7 @@ def check_methods(folder: str) -> dict[str, Any]:
     accelerator.backward(model(input_ids=rows, labels=rows).loss)
     optimizer.step()
     accelerator.unwrap_model(model).save_pretrained(f"{folder}/prompt", is_main_process=accelerator.is_main_process)
+    seen["prompted text"] = accelerator.unwrap_model(model).eval().generate(input_ids=rows[:, :6], max_new_tokens=4)
     seen["prompt"] = {n: w for n, w in full_weights(model).items() if "prompt_encoder" in n}
     return seen
 
@@ -165,6 +166,9 @@ def test_generate_and_save_pretrained_of_a_sharded_model_do_what_they_do_of_a_wh
     trained = {name: weight for name, weight in prompted.named_parameters() if "prompt_encoder" in name}
     assert trained
     assert largest_difference(trained, seen[0]["prompt"]) == 0.0
+    for rank, of_rank in enumerate(seen):
+        text = prompted.eval().generate(input_ids=tiny.token_rows(2, seed=rank)[:, :6], max_new_tokens=4)
+        assert torch.equal(of_rank["prompted text"], text)
 
 
 def evaluate_on_an_average(model: nn.Module, optimizer: Any, backward: Any, part: Any) -> list[float]:
