@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from hf_mics._torch_compat import find_units, in_forward_method, override_method, plain, unfinished_pass
+from hf_mics._torch_compat import find_units, in_forward_method, override_method, plain
 from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.prompts import computed_prompts
 from hf_mics.errors import ConfigError
@@ -27,33 +28,50 @@ def open_to_methods(model: nn.Module) -> None:
     belong to no layer: an encoder-decoder's the encoder, PEFT's the base model.
     """
     sharded = model if isinstance(model, FSDPModule) else plain(model)
-    _show_shards(model, sharded)
+    free = _free_after_evaluation(sharded)
     if hasattr(sharded, "generate"):
         register_fsdp_forward_method(sharded, "generate")
+        override_method(sharded, "generate", _followed_by(free, cast(Any, sharded).generate))
     if hasattr(sharded, "save_pretrained"):
         save = _save_pretrained(model, sharded.save_pretrained)
         for module in {model, plain(model)}:
             override_method(module, "save_pretrained", save)
 
 
-def _show_shards(model: nn.Module, sharded: nn.Module) -> None:
-    """Lets `parameters()` and `named_parameters()` of `model` give shards whenever no pass through it is going on.
+def _free_after_evaluation(sharded: nn.Module) -> Callable[[], None]:
+    """From now on a forward without gradients frees what it gathered, the root's parameters too, as a backward does.
 
-    A forward without backward, as in evaluation, leaves the root's parameters gathered. What a script then wrote into
-    those (clipped weights, an average to evaluate) would be lost without a word when they are freed.
+    FSDP2 keeps those for a backward or the next forward. What a script wrote into them after an evaluation (clipped
+    weights, an average put back) would be lost without a word when they are freed. It happens in the forward, which all
+    ranks run: a rank that freed them when asked for its parameters would gather again while others do not.
+
+    Returns:
+        What frees them.
     """
-    units = list(find_units(model))
+    units = list(find_units(sharded))
 
-    def named_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        gathered = [unit for unit in units if unit.is_gathered]
-        # The model's own forward asks too: transformers takes its dtype from the first parameter.
-        if gathered and unfinished_pass(sharded) is None and not in_forward_method(sharded):
-            for unit in gathered:
+    def free() -> None:
+        for unit in units:
+            if unit.is_gathered:
                 unit.module.reshard()
-        return type(self).named_parameters(self, *args, **kwargs)
 
-    for module in {model, plain(model)}:
-        override_method(module, "named_parameters", named_parameters)
+    def after_forward(*_: Any) -> None:
+        # `generate` is one pass of many forwards.
+        if not torch.is_grad_enabled() and not in_forward_method(sharded):
+            free()
+
+    sharded.register_forward_hook(torch.compiler.disable(after_forward))
+    return free
+
+
+def _followed_by(then: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def both(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        then()
+        return result
+
+    return both
 
 
 def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:

@@ -6,17 +6,17 @@ public call, and NCCL communicators only come to life for the axes that are used
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hf_mics._torch_compat import default_store
+from hf_mics._torch_compat import default_store, job_store
 from hf_mics.errors import ConfigError, TopologyError
 from hf_mics.topology import Topology
 
@@ -56,15 +56,16 @@ def missing_callers(what: str, seconds: float) -> list[int]:
 
     No collective, which a rank that calls alone could not leave again: ranks leave marks in the job's store.
     """
-    store, world_size, rank = default_store(), dist.get_world_size(), dist.get_rank()
-    marks = [f"hf_mics/callers/{what}/{_CALLS[what]}/{each}" for each in range(world_size)]
-    store.set(marks[rank], "")
-    deadline = time.monotonic() + seconds
-    while missing := [each for each in range(world_size) if not store.check([marks[each]])]:
-        if time.monotonic() > deadline:
-            store.delete_key(marks[rank])
+    store = job_store() or default_store()
+    marks = [f"callers/{what}/{_CALLS[what]}/{rank}" for rank in range(dist.get_world_size())]
+    mine = marks[dist.get_rank()]
+    store.set(mine, "")
+    try:
+        store.wait(marks, timedelta(seconds=seconds))
+    except RuntimeError:  # the time is up
+        if missing := [rank for rank, mark in enumerate(marks) if not store.check([mark])]:
+            store.delete_key(mine)
             return missing
-        time.sleep(0.02)
     _CALLS[what] += 1
     return []
 

@@ -6,7 +6,7 @@ weights; what is missing shows when the file is loaded, after the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,8 +46,14 @@ def _refusing(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _holds_shards(obj: Any) -> bool:
-    if isinstance(obj, Mapping):
-        return any(map(_holds_shards, obj.values()))
-    if isinstance(obj, nn.Module):
-        return any(map(_holds_shards, obj.parameters()))
-    return any(map(_holds_shards, obj)) if isinstance(obj, list | tuple) else isinstance(obj, DTensor)
+    seen, left = set(), [obj]
+    while left:
+        each = left.pop()
+        if isinstance(each, DTensor):
+            return True
+        if isinstance(each, nn.Module):
+            left += each.parameters()
+        elif isinstance(each, dict | list | tuple) and id(each) not in seen:
+            seen.add(id(each))  # what holds itself, which torch.save takes
+            left += each.values() if isinstance(each, dict) else each
+    return False

@@ -181,7 +181,7 @@ def test_weights_that_only_rank_0_has_are_evaluated_before_training_unless_an_op
 
 @on_ranks(LAYOUT)
 def test_a_second_trainer_of_a_model_that_was_just_evaluated_goes_on_as_under_ddp(layout: Layout) -> None:
-    """The evaluation leaves the root's parameters gathered where the new Trainer's optimizer looks for them."""
+    """Nothing of the evaluation stays gathered where the new Trainer's optimizer looks for parameters."""
 
     results = []
     for where in (None, layout):
@@ -376,10 +376,9 @@ def test_the_log_and_tensorboard_show_tokens_and_the_traffic_that_was_predicted(
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(log) == 5
     # The first four windows are full. Evaluation after the second gathers parameters too, which the figures of training
-    # leave out; it leaves those of the root gathered, which the third step then saves.
+    # leave out; nothing of it stays gathered, or the third step would gather less.
     predicted = last.engine.predict_step(2)
-    assert 0 < log[2]["mics/hop1_sent_gb"] < 0.999 * predicted.hop1_bytes / 1e9
-    for entry in (log[0], log[1], log[3]):
+    for entry in log[:4]:
         assert entry["mics/hop1_sent_gb"] == pytest.approx(predicted.hop1_bytes / 1e9, rel=1e-3)
         assert entry["mics/hop2_sent_gb"] == pytest.approx(predicted.hop2_bytes / 1e9, rel=1e-3)
         assert entry["mics/crossed_nodes_gb"] == pytest.approx(sum(predicted.nic_bytes.values()) / 1e9, rel=1e-3)
