@@ -23,6 +23,8 @@ from hf_mics.pretraining.tokenization import load_or_train_tokenizer
 TOKENIZER_KINDS: dict[Task, Literal["bpe", "wordpiece"]] = {"causal": "bpe", "masked": "wordpiece"}
 OTHER_LEARNING_RATES: dict[Task, float] = {"causal": 3e-4, "masked": 1e-4}
 SHUFFLE_BUFFER_BLOCKS = 1000
+# These and all with RoBERTa in their name number positions from that of padding onwards.
+LIKE_ROBERTA = {"camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "xmod"}
 
 
 @dataclass(kw_only=True)
@@ -160,6 +162,8 @@ def _block_size(wanted: int | None, config: PretrainedConfig) -> int:
 def context_length(config: PretrainedConfig) -> int | None:
     """Returns the longest sequence that the model has positions for, or None if its configuration does not say."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its descendants number positions from that of padding onwards.
-    is_like_roberta = "roberta" in config.model_type or config.model_type in {"camembert", "xmod", "mpnet"}
-    return positions - (config.pad_token_id or 0) - 1 if positions and is_like_roberta else positions
+    if not positions or not ("roberta" in config.model_type or config.model_type in LIKE_ROBERTA):
+        return positions
+    # To MPNet token 1 is padding, whatever its configuration says.
+    padding = 1 if config.model_type == "mpnet" else config.pad_token_id or 0
+    return positions - padding - 1

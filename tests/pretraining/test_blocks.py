@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
@@ -18,10 +19,18 @@ from transformers import (
 )
 
 from hf_mics.errors import ConfigError
-from hf_mics.pretraining.blocks import BlockArguments, build_model, context_length, prepare_blocks
+from hf_mics.presets import find_preset
+from hf_mics.pretraining.blocks import (
+    OTHER_LEARNING_RATES,
+    BlockArguments,
+    build_model,
+    context_length,
+    prepare_blocks,
+)
 from hf_mics.pretraining.masking import MaskingArguments, masking_collator
 from hf_mics.pretraining.text import TextArguments
 from hf_mics.pretraining.tokenization import train_byte_level_bpe
+from hf_mics.testing import run_ranks
 
 LINES = [f"Sentence number {number} has a few words in it." for number in range(60)]
 TINY = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -48,6 +57,15 @@ def test_a_masked_model_gets_a_wordpiece_tokenizer_and_its_padding(text, tmp_pat
     assert blocks.learning_rate == 1e-4
 
 
+def test_a_preset_brings_its_own_learning_rate_and_other_models_that_of_their_task(text, tmp_path: Path):
+    arguments = BlockArguments(preset="gpt-tiny", vocab_size=300, block_size=16)
+    rate = prepare_blocks(arguments, TextArguments(**text), "causal", seed=0).learning_rate
+    assert rate == find_preset("gpt-tiny", "causal").learning_rate
+    assert rate not in OTHER_LEARNING_RATES.values()
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=12, n_head=2)
+    assert prepare(text, "causal", config, tmp_path, block_size=16).learning_rate == 3e-4
+
+
 def test_the_tokenizer_has_not_seen_what_is_evaluated_of_which_there_is_as_much_as_was_asked_for(text, tmp_path: Path):
     (tmp_path / "b.txt").write_text("\n".join(line.replace("e", "ж") for line in LINES))
     config = BertConfig(vocab_size=300, max_position_embeddings=16, **TINY)
@@ -66,12 +84,15 @@ def test_end_of_text_that_doubles_as_padding_is_trained_like_any_token(text, tmp
     assert blocks.config.pad_token_id is None
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer_grows(text, tmp_path: Path):
+def test_a_vocabulary_smaller_than_the_tokenizer_grows_and_special_tokens_are_the_tokenizers(text, tmp_path: Path):
     tokenizer = train_byte_level_bpe(LINES, 290)
+    tokenizer.add_special_tokens({"bos_token": "<start>"})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     config = GPT2Config(vocab_size=100, n_positions=16, n_embd=12, n_head=2)
     blocks = prepare(text, "causal", config, tmp_path, tokenizer=str(tmp_path / "tokenizer"))
-    assert blocks.config.vocab_size == len(tokenizer) > 256
+    assert blocks.config.vocab_size == len(tokenizer) > tokenizer.vocab_size > 256
+    assert blocks.config.bos_token_id == tokenizer.convert_tokens_to_ids("<start>")
+    assert blocks.config.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
 def test_a_stream_is_evaluated_on_rows_that_were_read_once(text, tmp_path: Path):
@@ -113,6 +134,18 @@ def test_context_lengths(config, expected: int | None):
     assert context_length(config) == expected
 
 
+@pytest.mark.parametrize("name", ["data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet"])
+def test_a_model_that_numbers_positions_from_padding_takes_its_whole_context_and_no_more(name: str):
+    more = {"luke": {"entity_vocab_size": 9, "entity_emb_size": 12}, "longformer": {"attention_window": [4]}}
+    sizes = {"vocab_size": 50, "max_position_embeddings": 18, "pad_token_id": 0, **TINY, **more.get(name, {})}
+    config = AutoConfig.for_model(name, **sizes)
+    model = AutoModelForMaskedLM.from_config(config)
+    tokens = torch.full((1, context_length(config) + 1), 7)
+    assert torch.isfinite(model(input_ids=tokens[:, 1:]).logits).all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=tokens)
+
+
 @pytest.mark.parametrize(
     ("task", "config", "flags", "expected"),
     [
@@ -152,11 +185,21 @@ def test_a_model_without_the_head_is_refused():
         build_model(AutoModelForCausalLM, AutoConfig.for_model("vit"))
 
 
-def test_an_encoder_that_is_trained_as_a_causal_model_does_not_see_what_it_predicts(text, tmp_path: Path):
-    blocks = prepare(text, "causal", BertConfig(vocab_size=300, max_position_embeddings=16, **TINY), tmp_path)
-    model = build_model(AutoModelForCausalLM, blocks.config).eval()
+@pytest.mark.parametrize(("task", "auto_class"), [("causal", AutoModelForCausalLM), ("masked", AutoModelForMaskedLM)])
+def test_an_encoder_sees_what_follows_unless_it_is_trained_as_a_causal_model(text, tmp_path: Path, task, auto_class):
+    blocks = prepare(text, task, BertConfig(vocab_size=300, max_position_embeddings=16, **TINY), tmp_path)
+    model = build_model(auto_class, blocks.config).eval()
     ids = torch.tensor(blocks.train[0]["input_ids"])[None]
     changed = ids.clone()
     changed[:, 8:] = 5
     with torch.no_grad():
-        assert torch.equal(model(ids).logits[:, :8], model(changed).logits[:, :8])
+        assert torch.equal(model(ids).logits[:, :8], model(changed).logits[:, :8]) == (task == "causal")
+
+
+def _device_of_the_model() -> str:
+    PartialState(cpu=True)
+    return build_model(AutoModelForCausalLM, GPT2Config(n_embd=12, n_head=2, n_layer=1)).device.type
+
+
+def test_only_the_main_process_of_all_nodes_holds_weights():
+    assert run_ranks(_device_of_the_model, 2, node_size=1) == ["cpu", "meta"]
