@@ -74,7 +74,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
             own = zlib.crc32(block.numpy().tobytes(), zlib.crc32(f"{self.seed} {self.epoch}".encode()))
             self.generator = self.get_generator(own)
             offsets = None if offset_mapping is None else offset_mapping[i : i + 1]
-            masked.append(super().torch_mask_tokens(block.clone(), special[i : i + 1], offsets))
+            masked.append(super().torch_mask_tokens(block, special[i : i + 1], offsets))
         new_inputs, labels = zip(*masked, strict=True)
         return torch.cat(new_inputs), torch.cat(labels)
 

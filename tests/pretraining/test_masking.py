@@ -45,7 +45,7 @@ def test_masks_do_not_depend_on_who_meets_the_block_with_which_others_or_when(to
         assert torch.equal(together[name], torch.cat([batch[name] for batch in backwards]))
 
 
-def test_masks_change_with_the_epoch_and_the_seed(tokenizer, blocks):
+def test_masks_change_with_the_epoch_and_the_seed_which_are_told_apart(tokenizer, blocks):
     first = collator(tokenizer)
     zero = first(without_offsets(blocks))["labels"]
     first.epoch.fill_(1)
@@ -54,6 +54,12 @@ def test_masks_change_with_the_epoch_and_the_seed(tokenizer, blocks):
     assert not torch.equal(zero, one)
     assert not torch.equal(zero, other_seed)
     assert torch.equal(zero, collator(tokenizer)(without_offsets(blocks))["labels"])
+    swapped = []
+    for seed, epoch in ((1, 11), (11, 1)):
+        masks = collator(tokenizer, seed=seed)
+        masks.epoch.fill_(epoch)
+        swapped.append(masks(without_offsets(blocks))["labels"])
+    assert not torch.equal(*swapped)
 
 
 def test_a_data_loader_worker_that_outlives_the_epoch_masks_anew(tokenizer, blocks):
@@ -67,8 +73,10 @@ def test_a_data_loader_worker_that_outlives_the_epoch_masks_anew(tokenizer, bloc
     assert not torch.equal(zero["labels"], one["labels"])
 
 
-def test_share_of_masked_tokens_and_what_becomes_of_them(tokenizer, blocks):
-    batch = collator(tokenizer)(without_offsets(blocks))
+@pytest.mark.parametrize("probability", [0.15, 0.3])
+def test_share_of_masked_tokens_and_what_becomes_of_them(tokenizer, blocks, probability: float):
+    masks = masking_collator(tokenizer, MaskingArguments(mask_probability=probability), seed=0)
+    batch = masks(without_offsets(blocks))
     before = torch.tensor([block["input_ids"] for block in blocks])
     is_masked = batch["labels"] != -100
     assert torch.equal(batch["labels"][is_masked], before[is_masked])
@@ -78,14 +86,27 @@ def test_share_of_masked_tokens_and_what_becomes_of_them(tokenizer, blocks):
     # Shares of n independent draws: 5 standard deviations, sqrt(p (1 - p) / n) each.
     n = int(inner.sum())
     assert n > 5000
-    assert is_masked.sum().item() / n == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / n) ** 0.5)
+    deviation = (probability * (1 - probability) / n) ** 0.5
+    assert is_masked.sum().item() / n == pytest.approx(probability, abs=5 * deviation)
     m = int(is_masked.sum())
     replaced = (batch["input_ids"][is_masked] == tokenizer.mask_token_id).sum().item() / m
     assert replaced == pytest.approx(0.8, abs=5 * (0.8 * 0.2 / m) ** 0.5 + 1 / len(tokenizer))
 
 
+def test_special_tokens_of_every_kind_are_never_to_be_guessed(tokenizer):
+    ids = [*tokenizer.all_special_ids, *range(len(tokenizer) - 10, len(tokenizer))] * 20
+    batch = masking_collator(tokenizer, MaskingArguments(mask_probability=0.9), seed=0)([{"input_ids": ids}])
+    is_special = torch.isin(torch.tensor([ids]), torch.tensor(tokenizer.all_special_ids))
+    assert torch.equal(batch["input_ids"][is_special], torch.tensor([ids])[is_special])
+    assert (batch["labels"][is_special] == -100).all()
+    assert (batch["labels"][~is_special] != -100).any()
+
+
+@pytest.mark.filterwarnings("error:Random token replacement")
 def test_whole_words_are_masked_as_wholes(tokenizer, blocks):
+    """And replaced by nothing but [MASK], of which transformers need not warn."""
     batch = collator(tokenizer, whole_words=True)(blocks)
+    assert (batch["input_ids"][batch["labels"] != -100] == tokenizer.mask_token_id).all()
     some_long = 0
     for block, labels in zip(blocks, batch["labels"].tolist(), strict=True):
         words: list[list[int]] = []
@@ -136,7 +157,7 @@ def test_epochs_are_counted_over_streams_and_resumed_runs(tokenizer, tmp_path):
 
     assert epochs(0, 1.0, 2.0) == [0, 1, 2]
     assert epochs(0, 0.4, 0.8) == [0, 1, 2]
-    assert epochs(3.4, 4.0) == [3, 4]
+    assert epochs(3.6, 4.0) == [3, 4]
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0, -0.1, 15])
