@@ -66,6 +66,16 @@ def test_class_labels_of_a_data_set_keep_their_names_and_order(tmp_path: Path):
     assert data.names == ["neg", "pos"]
     assert set(data.train["label"]) == {0, 1}
     assert len(data.validation) == 1
+    renamed = load_labelled(LabelledArguments(train_file=[str(tmp_path / "a.parquet")], class_names=["bad", "good"]))
+    assert renamed.names == ["bad", "good"]
+    assert renamed.train["label"] == data.train["label"]
+
+
+def test_numbers_without_a_sign_are_classes_too(tmp_path: Path):
+    features = Features({"text": Value("string"), "label": Value("uint8")})
+    rows = Dataset.from_dict({"text": list("abcdef"), "label": [1, 0] * 3}, features=features)
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert load_labelled(LabelledArguments(train_file=[str(tmp_path / "a.parquet")])).names == ["0", "1"]
 
 
 def test_columns_of_other_names(tmp_path: Path):

@@ -20,6 +20,8 @@ from hf_mics.pretraining.objective import (
 from hf_mics.testing import run_ranks
 
 NUM_BLOCKS, NUM_TOKENS, VOCAB = 7, 5, 11
+NOTHING = EvalPrediction(predictions=None, label_ids=None)
+WRONG = EvalPrediction(predictions=np.array([0, 0]), label_ids=np.array([1, 2]))
 
 
 def masked_batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +55,9 @@ def test_losses_of_bf16_logits_are_fp32():
     loss = mean_cross_entropy(SimpleNamespace(logits=logits), labels)
     assert loss.dtype == torch.float32
     assert loss == mean_cross_entropy(SimpleNamespace(logits=logits.float()), labels)
+    losses = predictions_and_losses(logits, labels)[1]
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, predictions_and_losses(logits.float(), labels)[1])
 
 
 def test_a_micro_batch_without_labels_costs_nothing():
@@ -93,10 +98,12 @@ def _metrics_on_rank() -> tuple[dict[str, float], dict[str, float]]:
     PartialState(cpu=True)
     logits, labels = masked_batch()
     classes = EvalPrediction(predictions=np.array([0, 1, 1, 2]), label_ids=np.array([0, 1, 2, 2]))
+    if not PartialState().is_main_process:
+        return masked_token_metrics(NOTHING), classification_metrics(WRONG)
     return masked_token_metrics(gathered(logits, labels)), classification_metrics(classes)
 
 
-def test_every_rank_gets_the_same_metrics():
+def test_every_rank_gets_the_metrics_that_the_main_process_computes():
     (masked, classes), other = run_ranks(_metrics_on_rank, 2)
     assert other == (masked, classes)
     assert masked == masked_token_metrics(gathered(*masked_batch()))
