@@ -109,6 +109,7 @@ def test_units_add_up_and_frozen_units_send_no_gradients():
 
 def test_an_all_reduce_sends_twice_all_but_one_nth():
     assert [all_reduce_bytes(400, ranks) for ranks in (1, 2, 4, 8)] == [0, 400, 600, 700]
+    assert all_reduce_bytes(7, 3) == int(2 * 2 / 3 * 7), "rounded once, at the end"
 
 
 @st.composite
@@ -181,5 +182,7 @@ def test_the_published_factors_follow_from_what_ranks_send():
     assert node_bytes(topology, {("reduce_scatter", "partition"): Tally(1, 7 * 1000)}, backend="nccl") / unit == 7 / 8
     inside = Topology(world_size=8, node_size=2, partition_size=2)
     assert gloo(inside, {("reduce_scatter", "partition"): Tally(1, 1000)}) == 0
+    smaller_than_a_node = Topology(world_size=8, node_size=4, partition_size=2)
+    assert gloo(smaller_than_a_node, {("reduce_scatter", "partition"): Tally(1, 1000)}) == 0
     # Two replication groups of four, one edge of each leaves every node.
     assert gloo(inside, {("all_reduce", "replication"): Tally(1, 1500)}) == 3000
