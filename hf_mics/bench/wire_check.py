@@ -33,7 +33,6 @@ from hf_mics.traffic import node_bytes
 # 2.1 million parameters: megabytes per phase, beside which headers and barriers are small. No size divides by 8.
 _WIDTH, _HIDDEN, _LAYERS = 259, 1021, 4
 _WIRES: tuple[WireDtype, ...] = ("float32", "bfloat16")
-MICRO_STEPS = 2
 
 
 @dataclass(frozen=True)
