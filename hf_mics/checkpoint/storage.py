@@ -66,8 +66,7 @@ class TiedSavePlanner(DefaultSavePlanner):
         items = [item for item in plan.items if item.index.fqn not in self._tied]
         if dist.get_rank():
             items = [item for item in items if item.type != WriteItemType.TENSOR]
-        self.plan = replace(plan, items=items)
-        return self.plan
+        return replace(plan, items=items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Every rank's plan without duplicates, and metadata that describes the tied names too."""
@@ -122,7 +121,7 @@ class NodeReader(FileSystemReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Chooses, on the coordinator, who reads each piece that several ranks of a node need, and when."""
         for first in range(0, len(plans), self._node_size):
-            ranks = range(first, min(first + self._node_size, len(plans)))
+            ranks = range(first, first + self._node_size)
             rounds = self._rounds(
                 {rank: [self._piece(item.storage_index) for item in plans[rank].items] for rank in ranks}
             )

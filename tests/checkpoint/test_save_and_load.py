@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,10 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import ProjectConfiguration
 from torch import nn
+from torch.distributed.checkpoint.planner import LoadItemType
 
 from hf_mics import MiCSPlugin
+from hf_mics.checkpoint import storage
 from hf_mics.checkpoint.accelerate_state import convert_schedules
 from hf_mics.checkpoint.mark import read_mark
 from hf_mics.checkpoint.resuming import continue_random_state
@@ -117,16 +121,17 @@ def test_checkpoint_moves_to_fewer_ranks(saved: Any, world: int) -> None:
 
 
 class Sizes(nn.Module):
-    """Two layers that share a weight, odd widths, a bias, and a parameter without dimensions; 1.1 MB."""
+    """Three layers that share a weight, odd widths, biases, and a parameter without dimensions; 1.1 MB."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(257, 257), nn.Linear(257, 257), nn.Linear(257, 301)
-        self.b.weight = self.a.weight
+        self.d = nn.Linear(257, 257)
+        self.b.weight = self.d.weight = self.a.weight
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.c(self.b(self.a(rows))) * self.scale
+        return self.c(self.d(self.b(self.a(rows)))) * self.scale
 
 
 def measure_storage(folder: str, layout: str) -> dict[str, Any]:
@@ -216,33 +221,72 @@ def test_small_pieces_change_hands_together_and_large_ones_alone() -> None:
     assert [[len(exchange) for exchange in exchanges] for exchanges in large] == [[1, 1]] * 6
 
 
-def load_from_a_bad_disk(folder: str) -> str:
-    """What this rank says when rank 3 cannot read one of the pieces that it reads for others too."""
+def test_the_rank_that_reads_most_reads_no_more_than_the_largest_piece_where_that_can_be() -> None:
+    """What one rank needs alone is four pieces of 20 bytes; all need one of 90 and five of 30."""
+    own, shared = [("file", offset) for offset in range(4)], [("file", offset) for offset in range(4, 10)]
+    lengths = dict(zip([*own, *shared], [20] * 4 + [30] * 5 + [90], strict=True))
+    reader = NodeReader.__new__(NodeReader)
+    reader.__dict__["_lengths"] = lengths
+    load = dict.fromkeys(range(4), 0)
+    for share in itertools.chain(*reader._rounds({0: shared, 1: [*shared, *own], 2: shared, 3: shared})):
+        load[share.reader] += lengths[share.piece]
+    assert max(load.values()) == 90, load
+
+
+def test_a_file_that_ends_before_a_piece_does_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abcde")
+    reader, content = NodeReader(str(tmp_path), 1, torch.device("cpu")), torch.zeros(3, dtype=torch.uint8)
+    reader.read_piece(("file", 2), content)
+    assert bytes(content.tolist()) == b"cde"
+    with pytest.raises(OSError, match="file ends before the piece at 3, of 3 bytes"):
+        reader.read_piece(("file", 3), content)
+
+
+class Touch:
+    """Makes a file wherever it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_what_is_stored_as_a_tensor_runs_no_code(tmp_path: Path) -> None:
+    torch.save(Touch(tmp_path / "touched"), tmp_path / "piece")
+    content = torch.frombuffer(bytearray((tmp_path / "piece").read_bytes()), dtype=torch.uint8)
+    request: Any = SimpleNamespace(type=LoadItemType.TENSOR)
+    with pytest.raises(pickle.UnpicklingError):
+        storage._fill(request, content, None)  # type: ignore[arg-type]
+    assert not (tmp_path / "touched").exists()
+
+
+def load_from_a_bad_disk(folder: str) -> list[str]:
+    """What this rank says when rank 3 cannot read one of the pieces that it reads for others too, or use one."""
     accelerator = fresh_accelerator(mics_plugin=MiCSPlugin(partition_size=2))
     model = Sizes()
     accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     accelerator.save_state(folder)
-    original = NodeReader.read_piece
-    reads = 0
+    said = []
+    for owner, name in ((NodeReader, "read_piece"), (storage, "_fill")):
+        original, calls = getattr(owner, name), itertools.count()
 
-    def failing(self: NodeReader, piece: tuple[str, int], content: torch.Tensor) -> None:
-        nonlocal reads
-        reads += 1
-        if dist.get_rank() == 3 and reads == 1:
-            raise OSError(errno.EIO, "Input/output error")
-        original(self, piece, content)
+        def failing(*args: Any) -> None:
+            if next(calls) == 0 and dist.get_rank() == 3:
+                raise OSError(errno.EIO, "Input/output error")
+            original(*args)
 
-    NodeReader.read_piece = failing  # type: ignore[method-assign]
-    with pytest.raises(CheckpointError) as caught:
-        accelerator.load_state(folder)
-    return str(caught.value)
+        with mock.patch.object(owner, name, failing), pytest.raises(CheckpointError) as caught:
+            accelerator.load_state(folder)
+        said.append(str(caught.value))
+    return said
 
 
 def test_a_disk_that_fails_under_one_rank_is_named_by_every_rank(tmp_path: Path) -> None:
-    said = run_ranks(load_from_a_bad_disk, 4, str(tmp_path / "state"))
-    assert len(set(said)) == 1
-    assert "could not load model state: rank 3 (" in said[0]
-    assert "Input/output error" in said[0]
+    for said in zip(*run_ranks(load_from_a_bad_disk, 4, str(tmp_path / "state")), strict=True):
+        assert len(set(said)) == 1
+        assert "could not load model state: rank 3 (" in said[0]
+        assert "Input/output error" in said[0]
 
 
 class Companion:
