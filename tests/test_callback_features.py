@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
@@ -26,13 +27,14 @@ from hf_mics._torch_compat import is_root
 from hf_mics.checkpoint.check import check_folder
 from hf_mics.engine import is_under_mics
 from hf_mics.errors import ConfigError, LossError
+from hf_mics.throughput import flops_per_token
 from hf_mics.training_meter import TrainingMeter
 from tests import tiny
 from tests.assets.trainer_door import Hop2Calls, make_dataset, make_model, make_trainer
 from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.test_accelerator import fresh_accelerator
 from tests.test_callback import TOLERANCE
-from tests.toy import Pair
+from tests.toy import Net, Pair
 
 LAYOUT = Layout(4, 2, 2)
 
@@ -402,26 +404,71 @@ def test_the_log_and_tensorboard_show_tokens_and_the_traffic_that_was_predicted(
 
 @on_ranks(LAYOUT)
 def test_step_times_leave_out_pauses_and_tokens_what_is_not_trained_on(layout: Layout) -> None:
-    """On a clock of the test's: steps of 3 s and 1 s of waiting for data, but 100 s of evaluation after each."""
-    now_s, pair = 0.0, Pair(layout)
-    with mock.patch("hf_mics.training_meter.time", SimpleNamespace(perf_counter=lambda: now_s)):
+    """On a clock of the test's: steps of 3 s and 1 s of waiting for data, but 150 s of evaluation and saving after."""
+    now_s, pair, ids = 0.0, Pair(layout), torch.zeros(2, 8, dtype=torch.int64)
+    pair.mics.config = SimpleNamespace(num_hidden_layers=2, hidden_size=4)
+    hooks = len(pair.mics._forward_pre_hooks)
+    with (
+        mock.patch("hf_mics.training_meter.time", SimpleNamespace(perf_counter=lambda: now_s)),
+        mock.patch("hf_mics.throughput.local_peak_flops_per_s", return_value=1e6),
+    ):
         meter = TrainingMeter(pair.mics, pair.engine)
-        for step in range(2):
-            now_s += 1
-            meter.begin_step()
-            pair.window(step)
-            for grad_enabled in (False, True):
-                with torch.set_grad_enabled(grad_enabled):
-                    meter._count_tokens(pair.mics, (torch.zeros(2, 8, dtype=torch.int64),), {})
-            now_s += 3
-            meter.end_step()
-            pair.step()
-            now_s += 100
-            meter.skip_pause()
+        figures = []
+        for _ in range(2):
+            for step in range(2):
+                now_s += 1
+                meter.begin_step()
+                pair.window(step)
+                meter._count_tokens(pair.mics, (ids,), {"attention_mask": torch.ones(2, 1, 8, 8)})
+                with torch.no_grad():
+                    meter._count_tokens(pair.mics, (ids,), {})
+                meter._count_tokens(pair.mics.eval(), (ids,), {})
+                meter._count_tokens(pair.mics.train(), (torch.zeros(2, 3, 8, 8, dtype=torch.int64),), {})
+                now_s += 3
+                meter.end_step()
+                pair.step()
+                for pause_s in (100, 50):
+                    now_s += pause_s
+                    meter.skip_pause()
+            figures.append(meter.collect())
+            assert meter.collect() == {}
+        meter.begin_step()
+        now_s += 1
+        meter.end_step()
+        assert "tokens_per_s_per_device" not in meter.collect(), "nothing was read that could be tokens"
+        meter.close()
+    assert len(pair.mics._forward_pre_hooks) == hooks
+    assert pair.engine.meter.clock is None
+    flops = flops_per_token(sum(p.numel() for p in pair.twin.parameters()), 2, 4, 8)
+    for interval in figures:
+        assert interval["step_time_s"] == 4
+        assert interval["tokens_per_s_per_device"] == 2 * 8 / 4
+        assert interval["model_flops_utilization_percent"] == pytest.approx(100 * flops * 2 * 8 / 4 / 1e6)
+        assert "tokens_per_s" not in interval, "of all devices: it would look like throughput of one"
+
+
+@on_ranks(LAYOUT, Layout(4, 2, 4))
+def test_hop_times_are_those_of_the_collectives_of_training_and_bytes_what_crosses_nodes_over_gloo(
+    layout: Layout,
+) -> None:
+    """On a clock that goes on by a second whenever it is looked at, so that every span takes one."""
+    pair = Pair(layout, build=lambda: Net(unused=False), hierarchical=False)
+    with mock.patch("hf_mics.clock.time", SimpleNamespace(perf_counter=itertools.count().__next__)):
+        meter = TrainingMeter(pair.mics, pair.engine)
+        pair.engine.meter.reset()
+        meter.begin_step()
+        pair.window(0)
+        meter.end_step()
+        calls = {phase: tally.calls for (phase, _), tally in pair.engine.meter.read().items()}
+        with torch.no_grad():
+            pair.mics(torch.zeros(2, 7))
         figures = meter.collect()
         meter.close()
-    assert figures["step_time_s"] == 4
-    assert figures["tokens_per_s_per_device"] == 2 * 8 / 4
+    assert figures["hop1_time_s"] == calls["all_gather"] + calls["reduce_scatter"]
+    # Each is issued, and awaited at the end of backward.
+    assert figures["hop2_time_s"] == 2 * calls.get("all_reduce", 0)
+    crossed = sum(pair.engine.predict_step(3).nic_bytes.values())
+    assert figures["crossed_nodes_gb"] == pytest.approx(crossed / 1e9)
 
 
 @on_ranks(LAYOUT)

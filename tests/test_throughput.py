@@ -28,7 +28,9 @@ def test_flops_per_token_is_six_per_parameter_and_the_attention():
 def test_a_frozen_weight_counts_two_thirds_because_it_has_no_gradient_of_its_own():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 5, bias=False))
     model[0].requires_grad_(False)
-    assert _model_shape(model) is None
+    for config in ({}, {"num_hidden_layers": 2}, {"num_hidden_layers": 2, "hidden_size": [4, 8]}, {"hidden_size": 4}):
+        model.config = SimpleNamespace(**config)
+        assert _model_shape(model) is None
     model.config = SimpleNamespace(num_hidden_layers=2, hidden_size=4)
     assert _model_shape(model) == (20 + 12 * 2 / 3, 2, 4)
 
