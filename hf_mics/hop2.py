@@ -88,14 +88,6 @@ class ReplicationGroup(dist.ProcessGroup):
                 raise
             raise self._error from None
 
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self.inner.size()
-
-    def rank(self) -> int:
-        """This rank's place in the group."""
-        return self.inner.rank()
-
     def getBackendName(self) -> str:
         """The name under which torch reports this group in its error messages."""
         return "mics"

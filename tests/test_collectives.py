@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_mics.collectives import MiCSAllGather, MiCSReduceScatter
-from hf_mics.errors import MiCSError
+from hf_mics.errors import ConfigError, MiCSError
 from hf_mics.hop2 import ReplicationGroup
 from hf_mics.meter import Tally, TrafficMeter
-from hf_mics.process_groups import HopGroups, hop_groups
+from hf_mics.process_groups import HopGroups, hop_groups, say_to_all
 from hf_mics.topology import Topology
 from tests.on_ranks import Layout, on_ranks
 from tests.toy import Pair
 
 SPANNING = [Layout(4, 2, 4), Layout(6, 2, 6), Layout(8, 2, 8), Layout(8, 2, 4)]
-FLAT = [Layout(4, 2, 2), Layout(4, 1, 4)]
+FLAT = [Layout(4, 2, 2), Layout(4, 4, 4), Layout(4, 1, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # Odd shards, a shard of one, and none at all: FSDP2 pads, and a rank may hold only padding.
 SHARDS = [0, 1, 7, 129]
@@ -175,6 +179,71 @@ def test_a_gather_is_counted_where_it_runs(layout: Layout):
                 assert counted == {"partition": Tally(1, 10 * (p - 1))}
 
 
+@on_ranks(*SPANNING, *FLAT)
+def test_exchanges_send_the_bytes_that_are_counted_and_gathers_between_nodes_are_no_exchange(layout: Layout):
+    for hierarchical in (True, False):
+        groups, meter, sent = groups_of(layout, hierarchical=hierarchical), TrafficMeter(), []
+
+        def isend(tensor: torch.Tensor, *args: Any, real: Any = dist.isend, **kwargs: Any) -> Any:
+            sent.append(tensor.nbytes)
+            return real(tensor, *args, **kwargs)
+
+        output = torch.zeros(5 * layout.partition)
+        with mock.patch.object(dist, "isend", isend):
+            MiCSReduceScatter(groups, meter, torch.bfloat16)(torch.empty(5), output, groups.partition, ReduceOp.SUM)
+            assert sum(sent) == sum(tally.bytes_sent for tally in meter.read().values()) > 0
+            sent.clear()
+            meter.reset()
+            MiCSAllGather(groups, meter)(output, torch.zeros(5), groups.partition)
+        inside = "partition" if layout.partition <= layout.node else "intra_node"
+        assert sum(sent) == meter.read().get(("all_gather", inside), Tally()).bytes_sent
+
+
+@on_ranks(*SPANNING[:1], *FLAT)
+def test_collectives_end_when_the_slowest_rank_has_sent(layout: Layout):
+    groups, p, rank = groups_of(layout), layout.partition, dist.get_rank()
+    gather, reduce = MiCSAllGather(groups, TrafficMeter()), MiCSReduceScatter(groups, TrafficMeter(), torch.float32)
+    expected = torch.cat([contribution(peer, 9) for peer in peers(layout)])
+    for late in range(p):
+        output, sums = torch.full((p * 9,), torch.nan), torch.full((9,), torch.nan)
+        if rank % p == late:
+            time.sleep(0.05)
+        gather(output, contribution(rank, 9), groups.partition)
+        assert torch.equal(output, expected)
+        dist.barrier()
+        if rank % p == late:
+            time.sleep(0.05)
+        reduce(sums, contribution(rank, p * 9, integers_times=1), groups.partition, ReduceOp.SUM)
+        assert torch.equal(sums, my_slices(layout, 9, integers_times=1).sum(0))
+
+
+@on_ranks(Layout(4, 2, 4), Layout(4, 2, 2))
+def test_every_collective_is_timed_as_its_hop_and_a_deferred_one_while_it_is_awaited_too(layout: Layout):
+    spans: list[str] = []
+
+    @contextmanager
+    def span(hop: str, device: torch.device) -> Iterator[None]:
+        assert device.type == "cpu"
+        spans.append(hop)
+        yield
+
+    for hierarchical in (True, False):
+        groups, meter = groups_of(layout, hierarchical=hierarchical), TrafficMeter()
+        meter.clock = SimpleNamespace(span=span)
+        output = torch.zeros(5 * layout.partition)
+        MiCSAllGather(groups, meter)(output, torch.zeros(5), groups.partition)
+        MiCSReduceScatter(groups, meter, torch.float32)(torch.empty(5), output, groups.partition, ReduceOp.SUM)
+        assert spans == ["hop1", "hop1"]
+        spans.clear()
+    if layout.world > layout.partition:
+        group = ReplicationGroup(layout.mesh.get_group(0), torch.bfloat16, meter)
+        for group.defers, expected in ((False, ["hop2"]), (True, ["hop2", "hop2"])):
+            dist.all_reduce(torch.zeros(3), group=group)
+            group.finish()
+            assert spans == expected
+            spans.clear()
+
+
 @on_ranks(*SPANNING)
 def test_staged_collectives_use_the_groups_between_and_inside_nodes(layout: Layout):
     """The counts above are the caller's; this looks at the groups that torch itself was asked for."""
@@ -262,16 +331,36 @@ def test_many_tiny_addends_survive_because_partial_sums_are_fp32(layout: Layout)
 
 
 @on_ranks(Layout(4, 2, 4), Layout(4, 2, 2))
+def test_fp64_on_the_wire_is_added_up_in_fp64(layout: Layout):
+    """1 + (p-1)/2^40 is not an fp32 number."""
+    p = layout.partition
+    value = 1.0 if dist.get_rank() % p == 0 else 2.0**-40
+    for hierarchical in (True, False):
+        groups, total = groups_of(layout, hierarchical=hierarchical), torch.zeros(1, dtype=torch.float64)
+        comm = MiCSReduceScatter(groups, TrafficMeter(), torch.float64)
+        comm(total, torch.full((p,), value, dtype=torch.float64), groups.partition, ReduceOp.SUM)
+        assert total.item() == 1.0 + (p - 1) * 2.0**-40
+
+
+@on_ranks(Layout(4, 2, 4), Layout(4, 2, 2))
 def test_the_input_of_a_reduction_is_allocated_in_the_wire_dtype_and_its_output_in_the_dtype_asked(layout: Layout):
     """Every time, also after a unit of another size: FSDP2 asks for both through one method."""
     comm = MiCSReduceScatter(groups_of(layout), TrafficMeter(), torch.bfloat16)
     p, device = layout.partition, torch.device("cpu")
-    for shard in (7, 7, 3, 1, 0):
+    for shard in (7 * p, 7, 7, 3, 1, 0):
         first = comm.allocate((p * shard,), dtype=torch.float32, device=device)
         second = comm.allocate((shard,), dtype=torch.float32, device=device)
         assert (first.numel(), second.numel()) == (p * shard, shard)
         assert second.dtype == torch.float32
         assert first.dtype == torch.bfloat16 or shard == 0
+
+
+@on_ranks(Layout(4, 2, 1))
+def test_gradients_of_a_group_of_one_rank_do_not_travel_and_keep_their_dtype(layout: Layout):
+    """FSDP2 asks for one buffer only, and adds up in it."""
+    comm = MiCSReduceScatter(groups_of(layout), TrafficMeter(), torch.bfloat16)
+    for numel in (7, 7, 3):
+        assert comm.allocate((numel,), dtype=torch.float32, device=torch.device("cpu")).dtype == torch.float32
 
 
 @on_ranks(*SPANNING[:1], *FLAT)
@@ -295,8 +384,11 @@ def test_works_that_are_waited_for_later_keep_their_results_apart(layout: Layout
     works = [gather(outputs[0], shards[0], groups.partition, async_op=True)]
     works.append(reduce(sums, data, groups.partition, ReduceOp.SUM, async_op=True))
     works.append(gather(outputs[1], shards[1], groups.partition, async_op=True))
+    added_before = works[1].is_completed()
     for work in works:
         work.wait()
+    assert not added_before
+    assert all(work.is_completed() for work in works)
     for i, output in enumerate(outputs):
         assert torch.equal(output, torch.cat([contribution(peer + 100 * i, 9) for peer in peers(layout)]))
     assert torch.equal(sums, my_slices(layout, 9, integers_times=1).sum(0))
@@ -311,6 +403,19 @@ def test_a_second_model_on_the_same_mesh_finds_the_first_ones_groups(layout: Lay
     flat = groups_of(layout, hierarchical=False)
     assert flat.inter_node is None
     assert flat.intra_node is None
+
+
+@on_ranks(Layout(4, 2, 2))
+def test_every_rank_raises_what_the_first_that_cannot_say_raised(layout: Layout):
+    assert say_to_all(dist.get_rank) == [0, 1, 2, 3]
+
+    def say() -> int:
+        if dist.get_rank() in (1, 2):
+            raise ConfigError(f"rank {dist.get_rank()} cannot say")
+        return dist.get_rank()
+
+    with pytest.raises(ConfigError, match="rank 1 cannot say"):
+        say_to_all(say)
 
 
 # -- hop 2 -------------------------------------------------------------------------------------------------------------
@@ -344,6 +449,7 @@ def test_hop_2_in_fp32_equals_the_all_reduce_itself(layout: Layout):
 @on_ranks(*REPLICATED)
 def test_hop_2_counts_twice_all_but_one_nth_of_what_travels(layout: Layout):
     replicas = layout.world // layout.partition
+    place = dist.get_rank() // layout.partition
     for wire in (torch.float32, torch.bfloat16):
         meter = TrafficMeter()
         group = ReplicationGroup(layout.mesh.get_group(0), wire, meter)
@@ -351,6 +457,7 @@ def test_hop_2_counts_twice_all_but_one_nth_of_what_travels(layout: Layout):
             dist.all_reduce(torch.zeros(replicas * 10), group=group)
         expected = Tally(3, 3 * 2 * (replicas - 1) * 10 * wire.itemsize)
         assert meter.read() == {("all_reduce", "replication"): expected}
+    assert (group.rank(), group.size()) == (place, replicas)
 
 
 class Deaf(dist.ProcessGroup):
@@ -387,6 +494,17 @@ def test_an_error_of_the_network_reaches_the_user_unmasked(layout: Layout):
         for unit in pair.engine.units:
             unit.replication_group.inner = Deaf(2)
         start = time.monotonic()
-        with pytest.raises(TimeoutError, match="cable pulled between replicas"):
+        with pytest.raises(TimeoutError, match="cable pulled between replicas") as caught:
             pair.window(0)
         assert time.monotonic() - start < 5
+        assert caught.value.__suppress_context__, "torch's error about the group it does not know"
+
+
+@on_ranks(Layout(4, 2, 2))
+def test_an_error_that_is_not_the_networks_passes_even_after_one_that_was(layout: Layout):
+    group = ReplicationGroup(Deaf(2), torch.float32, TrafficMeter())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of the user's own"), group.unmasked_errors():
+            raise ValueError("of the user's own")
+        with pytest.raises(TimeoutError), group.unmasked_errors():
+            dist.all_reduce(torch.zeros(3), group=group)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_mics import apply_mics, mics_engine, remove_mics, two_hop
 from hf_mics.errors import ConfigError, MiCSError
+from hf_mics.meter import Tally
 from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.toy import (
     Net,
@@ -433,6 +434,9 @@ def test_resharding_to_a_smaller_group_after_forward_changes_no_gradient(layout:
     pair = Pair(layout, reshard_after_forward=2)
     pair.window(0)
     pair.assert_same_gradients()
+    # Each of two ranks sends the other its half of a unit.
+    halves = sum(unit.gather_bytes // 2 for unit in pair.engine.unit_shapes())
+    assert pair.engine.meter.read()["all_gather", "partition"] == Tally(3 * len(pair.engine.units), 3 * halves)
 
 
 @on_ranks(TWO_REPLICAS)
