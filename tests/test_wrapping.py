@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 from hf_mics.errors import ConfigError
@@ -164,3 +166,112 @@ def test_user_named_class_that_shares_weights_is_left_to_the_root_and_said_so():
 def test_plain_stack_of_torch_modules_is_cut_at_its_repeated_children():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2))
     assert names_of(plan_units(model)) == ["0", "2", "3"]
+
+
+class Front(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+
+class LanguageModel(nn.Module):
+    """An embedding inside another module, two blocks and a head, each with weights of its own."""
+
+    def __init__(self, *declared: str, **more: nn.Module) -> None:
+        super().__init__()
+        self._no_split_modules = declared
+        self.front, self.blocks, self.head = Front(), nn.ModuleList([Block(), Block()]), nn.Linear(4, 11)
+        for name, module in more.items():
+            setattr(self, name, module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.front.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+BLOCKS = ["blocks.0", "blocks.1"]
+
+
+def test_the_root_is_named_where_it_has_parameters_of_its_own():
+    parts = "2 Block, front.embed (Embedding), head (Linear)"
+    for more, root in (({}, ""), ({"norm": nn.LayerNorm(4)}, ", the root")):
+        plan = plan_units(LanguageModel(**more))
+        assert plan.leaves_root == bool(root)
+        assert plan.describe().startswith(f"{parts}{root} [")
+
+
+def test_a_declared_module_that_holds_the_embedding_is_a_unit_beside_declared_layers_alone():
+    assert names_of(plan_units(LanguageModel("Front"))) == BLOCKS
+    assert names_of(plan_units(LanguageModel("Front", "Block"))) == ["blocks.0", "blocks.1", "front"]
+
+
+def test_an_embedding_of_a_chosen_module_is_a_unit_of_its_own_only_if_that_module_is_left_to_the_root():
+    model = LanguageModel()
+    assert not plan_units(model, class_names=["Front", "Block"]).embeddings
+    model.scale = model.front.scale = nn.Parameter(torch.ones(4))
+    plan = plan_units(model, class_names=["Front", "Block"])
+    assert names_of(plan) == BLOCKS
+    assert [name for name, _ in plan.embeddings] == ["front.embed"]
+
+
+def test_an_untied_head_is_a_unit_though_the_config_speaks_of_a_tie_and_what_is_no_linear_layer_is_none():
+    model = LanguageModel()
+    model.config = SimpleNamespace(tie_word_embeddings=True)
+    plan = plan_units(model)
+    assert [name for name, _ in plan.embeddings + plan.heads] == ["head"]
+    assert not plan_units(LanguageModel(head=nn.Bilinear(4, 4, 11))).heads
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
+def test_an_embedding_that_the_model_cannot_tell_and_a_head_made_for_the_call_are_no_units(error: type[Exception]):
+    class Mute(LanguageModel):
+        def get_input_embeddings(self) -> nn.Module:
+            raise error
+
+        def get_output_embeddings(self) -> nn.Module:
+            head = nn.Linear(4, 11)
+            head.weight, head.bias = self.head.weight, self.head.bias
+            return head
+
+    assert [name for name, _ in units_of(plan_units(Mute()))] == BLOCKS
+
+
+def test_a_stack_is_no_stack_of_layers_if_it_contains_or_is_contained_in_declared_ones():
+    assert names_of(plan_units(LanguageModel("Linear", head=nn.Identity()))) == ["blocks.0.inner", "blocks.1.inner"]
+    assert names_of(plan_units(LanguageModel("Stage", blocks=Stage()))) == ["blocks"]
+    assert names_of(plan_units(LanguageModel("Stage", "Block", blocks=Stage()))) == [
+        "blocks", "blocks.blocks.0", "blocks.blocks.1",
+    ]  # fmt: skip
+    assert names_of(plan_units(LanguageModel("Bilinear", block=nn.Bilinear(4, 4, 4)))) == ["block", *BLOCKS]
+
+
+def test_a_list_of_small_or_of_different_modules_is_no_stack_and_a_stack_in_a_stack_is_part_of_it():
+    small = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    assert names_of(plan_units(LanguageModel(small=small))) == BLOCKS
+    different = (nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
+    for members in (different, tuple(checkpoint_wrapper(member) for member in different)):
+        plan = plan_units(LanguageModel(blocks=nn.ModuleList(members)))
+        assert not units_of(plan)
+        assert plan.describe().startswith("the whole model as one unit [")
+    assert names_of(plan_units(LanguageModel(blocks=nn.ModuleList([Stage(), Stage()])))) == BLOCKS
+
+
+def test_named_classes_are_found_once_each_below_the_model_and_with_parameters_only():
+    model = LanguageModel(blocks=nn.ModuleList(checkpoint_wrapper(Block()) for _ in range(2)), drop=nn.Dropout())
+    assert names_of(plan_units(model, class_names=["Block", "Dropout"])) == BLOCKS
+    with pytest.raises(ConfigError, match="names LanguageModel, which this LanguageModel does not contain"):
+        plan_units(model, class_names=["LanguageModel"])
