@@ -94,7 +94,6 @@ def measure(setting: Setting, read_nic: Callable[[], int]) -> list[Measurement]:
 
     # Connections, and what FSDP2 settles in its first step; then every part once more, measured.
     micro_step(True)
-    model.zero_grad()
     parts = {
         "micro-step": lambda: micro_step(False),
         "boundary micro-step": lambda: micro_step(True),

@@ -10,6 +10,7 @@ import pytest
 from hf_mics.bench import wire_check
 from hf_mics.bench.node_processes import require_success
 from hf_mics.bench.virtual_cluster import VirtualCluster
+from hf_mics.bench.wire_check import Setting
 from tests.bench.test_virtual_cluster import ENVIRONMENT, needs_root
 
 # Headers of 66 bytes per segmentation unit of at least one 8948-byte segment are 0.7 %, acknowledgements of the other
@@ -34,3 +35,10 @@ def test_every_nic_carries_what_topology_and_counters_say(tmp_path: Path):
             assert m.predicted_bytes > 2e6
         else:
             assert m.measured_bytes < 50_000, m
+    # Each setting was run as it is called: bf16 halves what hop 2 sends, and two stages save a fifth of a gather.
+    sent = {(m.setting, m.part): m.predicted_bytes for m in found}
+    for p in (1, 2):
+        fp32, bf16 = (sent[Setting(p, True, wire), "boundary micro-step"] for wire in ("float32", "bfloat16"))
+        assert fp32 == pytest.approx(2 * bf16)
+    flat, staged = (sent[Setting(6, hierarchical, "float32"), "forward"] for hierarchical in (False, True))
+    assert staged == pytest.approx(4 / 5 * flat)
