@@ -146,12 +146,14 @@ def _gather_heads_beside(layer: Any, heads: list[Any]) -> None:
 def keep_class_name(model: nn.Module) -> None:
     """Calls the class of `model`, which was passed to `fully_shard`, as before that.
 
-    FSDP2 calls it FSDPGPT2LMHeadModel and so on. transformers goes by names: its Trainer shifts labels under label
-    smoothing for the class names of causal language models, and `save_pretrained` finds a class's renamed weights so.
+    FSDP2 calls it FSDPGPT2LMHeadModel and so on, of a module of torch's. transformers goes by names: its Trainer shifts
+    labels under label smoothing for the class names of causal language models, and `save_pretrained` finds a class's
+    renamed weights so, and the code of a model that brings its own, instead of which it would save torch's.
     """
     for module in (model, plain(model)):
         if isinstance(module, FSDPModule):
-            type(module).__name__ = class_before_sharding(module).__name__
+            former = class_before_sharding(module)
+            type(module).__name__, type(module).__module__ = former.__name__, former.__module__
 
 
 def scalar_names(model: nn.Module) -> set[str]:

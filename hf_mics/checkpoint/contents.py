@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import WEIGHTS_INDEX_NAME
 
 from hf_mics._hf_compat import prepared
@@ -110,7 +111,7 @@ def optimizer_note(model: nn.Module, optimizer: Any) -> OptimizerNote:
 
 
 def write_descriptions(folder: Path, model: nn.Module, others: Iterable[Any] = ()) -> None:
-    """Writes what `from_pretrained` needs beside the weights: configuration, generation defaults, tokenizer.
+    """Writes what `from_pretrained` needs beside the weights: configuration, generation defaults, code, tokenizer.
 
     Args:
         others: objects with `save_pretrained`, as tokenizers and processors.
@@ -124,6 +125,8 @@ def write_descriptions(folder: Path, model: nn.Module, others: Iterable[Any] = (
         described.config.architectures = [class_name(described)]
         if isinstance(getattr(described, "dtype", None), torch.dtype):
             described.config.dtype = str(described.dtype).removeprefix("torch.")
+        if is_pretrained(described) and described.is_remote_code():
+            custom_object_save(described, folder, config=described.config)
         described.config.save_pretrained(folder)
         if hasattr(described, "can_generate") and described.can_generate():
             described.generation_config.save_pretrained(folder)

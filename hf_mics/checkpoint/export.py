@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hf_mics.checkpoint.check import check_folder
-from hf_mics.checkpoint.contents import MODEL_FOLDER, load_whole, model_file, state_format
+from hf_mics.checkpoint.contents import MODEL_FOLDER, OPTIMIZER_FOLDER, load_whole, model_file, state_format
 from hf_mics.checkpoint.folder import discard, staging_folder, start_saving
-from hf_mics.checkpoint.mark import MARK_NAME
+from hf_mics.checkpoint.mark import MARK_NAME, Mark
 from hf_mics.checkpoint.storage import read_description
 from hf_mics.errors import CheckpointError, ConfigError
 
@@ -30,7 +30,7 @@ SMALLEST_SHARD_BYTES = 32 * 2**20
 # Training state, in the names of accelerate and transformers; everything else in a checkpoint describes the model.
 _NOT_DESCRIPTIONS = (
     MARK_NAME, ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors", "*.index.json",
-    "trainer_state.json", "README.md",
+    "trainer_state.json", "README.md", MODEL_FOLDER.format("*"), OPTIMIZER_FOLDER.format("*"),
 )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def export_checkpoint(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if model_index == 0:
-            _copy_descriptions(checkpoint, folder)
+            _copy_descriptions(checkpoint, folder, mark)
         has_config = (folder / "config.json").is_file()
         if out.exists():
             out.rmdir()
@@ -190,7 +190,14 @@ def _whole(path: Path) -> tuple[dict[str, torch.Tensor], Load]:
     return described, load
 
 
-def _copy_descriptions(checkpoint: Path, folder: Path) -> None:
+def _copy_descriptions(checkpoint: Path, folder: Path, mark: Mark | None) -> None:
+    """Copies files, and folders of the checkpoint's own: a tokenizer's further chat templates, a processor's parts."""
+    own = {Path(name).parts[0] for name in mark.files} if mark else set()
+    left_out = shutil.ignore_patterns(*_NOT_DESCRIPTIONS)
     for path in checkpoint.iterdir():
-        if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_DESCRIPTIONS):
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_DESCRIPTIONS):
+            continue
+        if path.is_file():
             shutil.copy2(path, folder / path.name)
+        elif path.name in own:
+            shutil.copytree(path, folder / path.name, ignore=left_out)

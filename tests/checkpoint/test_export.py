@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     BartForConditionalGeneration,
@@ -19,6 +21,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     T5ForConditionalGeneration,
 )
 
@@ -26,6 +29,7 @@ from hf_mics import MiCSPlugin
 from hf_mics.cli import main
 from hf_mics.testing import run_ranks
 from tests import tiny
+from tests.assets.own_model import OwnModel
 from tests.test_accelerator import fresh_accelerator
 
 # Tied weights of every kind, a persistent buffer (BART), parameters without dimensions (CLIP).
@@ -49,6 +53,9 @@ def clip() -> torch.nn.Module:
     )
 
 
+CHAT_TEMPLATES = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+
+
 def save_models(folder: str) -> dict[str, dict[str, torch.Tensor]]:
     weights = {}
     for name in CLASSES:
@@ -65,7 +72,20 @@ def save_models(folder: str) -> dict[str, dict[str, torch.Tensor]]:
     models = [tiny.build(name, seed=3) for name in ("bert", "gpt2")]
     accelerator.prepare(*models, *(torch.optim.SGD(model.parameters(), lr=0.1) for model in models))
     accelerator.save_state(f"{folder}/two")
+    accelerator = fresh_accelerator()
+    model = own_model()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
+    tokenizer.chat_template = CHAT_TEMPLATES
+    accelerator.save_with_checkpoints(tokenizer)
+    accelerator.save_state(f"{folder}/own")
+    accelerator.unwrap_model(model).save_pretrained(f"{folder}/own model", is_main_process=accelerator.is_main_process)
     return weights
+
+
+def own_model() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return OwnModel(tiny.gpt2().config)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +125,23 @@ def test_save_pretrained_gives_parameters_without_dimensions_their_shape_back(sa
     state = CLIPModel.from_pretrained(folder / "clip").state_dict()
     assert state["logit_scale"].shape == ()
     assert all(torch.equal(state[key], value) for key, value in weights["clip"].items())
+
+
+def test_a_model_with_code_of_its_own_is_saved_with_that_code_and_not_with_torchs(saved: Any, tmp_path: Path) -> None:
+    own_model().save_pretrained(tmp_path / "twin")
+    assert main(["export", str(saved[0] / "own"), str(tmp_path / "out")]) == 0
+    described = json.loads((tmp_path / "twin" / "config.json").read_text())
+    assert described["auto_map"] == {"AutoModelForCausalLM": "own_model.OwnModel"}
+    for folder in (tmp_path / "out", saved[0] / "own", saved[0] / "own model"):
+        assert json.loads((folder / "config.json").read_text()) == described
+        assert [path.name for path in folder.glob("*.py")] == ["own_model.py"]
+
+
+def test_a_tokenizers_further_chat_templates_are_exported_and_other_folders_are_not(saved: Any, tmp_path: Path) -> None:
+    (saved[0] / "own" / "notes").mkdir()
+    assert main(["export", str(saved[0] / "own"), str(tmp_path / "out")]) == 0
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").chat_template == CHAT_TEMPLATES
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["additional_chat_templates"]
 
 
 def test_a_second_model_is_exported_without_the_configuration_of_the_first(saved: Any, tmp_path: Path) -> None:
