@@ -243,6 +243,11 @@ class Unit:
             # zeros_like reads sizes and dtype only: the unsharded storage may have been freed already.
             self._params[i].unsharded_accumulated_grad = torch.zeros_like(self._params[i]._unsharded_param)
 
+    @property
+    def has_unsharded_gradients(self) -> bool:
+        """Whether autograd has left gradients on gathered parameters, which post-backward has not taken from there."""
+        return any(getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None for p in self._params)
+
     def forget_unsharded_gradients(self) -> None:
         """Drops what a backward that raised has left on unsharded parameters; no `zero_grad()` reaches it there."""
         for param in self._params:

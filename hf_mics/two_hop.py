@@ -11,7 +11,8 @@ FSDP2's `set_requires_all_reduce` already defers hop 2. `TwoHopSchedule` adds wh
 - `zero_grad()`, on the model or on any optimizer, drops an abandoned window as it does in one process; FSDP2 alone
   leaks it into the next window. `window.py` says how.
 - A forward or backward that raised is cleared away by the next forward.
-- An optimizer step in mid-window is refused: it would apply gradients that differ between replicas.
+- An optimizer step in mid-window is refused: it would apply gradients that differ between replicas. So is one that
+  would apply none, because FSDP2 did not hear of the backward.
 - So is a gradient that autograd computes for a shard: neither hop would see it, and each rank would train its shard on
   its own rows alone.
 """
@@ -79,6 +80,12 @@ class TwoHopSchedule:
     def open_names(self) -> list[str]:
         """Names of the units whose window is open."""
         return [window.unit.name or "(root)" for window in self._windows if window.is_open]
+
+    def missed_names(self) -> list[str]:
+        """Names of the units whose gradients FSDP2 has left where autograd put them, as after no pass that it knows."""
+        if unfinished_pass(self._model) is not None:
+            return []
+        return [window.unit.name or "(root)" for window in self._windows if window.unit.has_unsharded_gradients]
 
     def drop_window(self) -> None:
         """Forgets the partial sums of an unfinished accumulation window, as `zero_grad()` would."""
@@ -202,15 +209,23 @@ def _watch_optimizers() -> None:
 
 def _refuse_step_in_mid_window(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for schedule in _SCHEDULES:
-        if not schedule.has_open_window:
+        opened, missed = schedule.open_names(), schedule.missed_names()
+        if not opened and not missed:
             continue
         params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if schedule.owns_any(params):
-            names = schedule.open_names()
+        if not schedule.owns_any(params):
+            continue
+        if opened:
             raise WindowError(
-                f"optimizer step in mid-window: the gradients of {len(names)} units ({', '.join(names[:3])}"
-                f"{', ...' if len(names) > 3 else ''}) were reduced inside their partition group (hop 1) but not "
+                f"optimizer step in mid-window: the gradients of {len(opened)} units ({', '.join(opened[:3])}"
+                f"{', ...' if len(opened) > 3 else ''}) were reduced inside their partition group (hop 1) but not "
                 "across replicas (hop 2), so every replica would step differently. Expected the last backward of the "
                 "window to run outside no_sync(), or after set_requires_gradient_sync(True); call zero_grad() to drop "
                 "an unfinished window."
             )
+        raise WindowError(
+            f"optimizer step without gradients: FSDP2 did not see the backward through {', '.join(missed[:3])}, so the "
+            "weights would stay as they are. It looks for tensors in what forward returns: expected a tensor, tuple, "
+            "list, dict or transformers' ModelOutput (since torch 2.13 also a dataclass), got an object of another "
+            "class. Return one of these."
+        )

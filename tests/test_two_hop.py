@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from hf_mics import remove_mics
+from hf_mics import apply_mics, remove_mics
 from hf_mics.errors import WindowError
 from tests.on_ranks import Layout, after_an_error, on_ranks
 from tests.toy import (
@@ -151,6 +155,24 @@ def test_an_optimizer_step_in_mid_window_is_refused_on_every_rank(layout: Layout
     pair.backward(0, 1, of=2)
     pair.step()
     pair.assert_same_weights()
+
+
+class Boxed(nn.Linear):
+    """Returns an object into which FSDP2 does not look for tensors."""
+
+    def forward(self, rows: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=super().forward(rows).square().mean())
+
+
+@on_ranks(TWO_REPLICAS)
+def test_an_optimizer_step_after_a_backward_that_fsdp2_did_not_see_is_refused(layout: Layout):
+    """FSDP2 alone trains nothing then, without a word."""
+    model = apply_mics(fully_shard(Boxed(5, 7), mesh=layout.mesh), node_size=layout.node)
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.step()
+    model(torch.ones(2, 5)).loss.backward()
+    with pytest.raises(WindowError, match=r"optimizer step without gradients: .*\(root\)"):
+        optimizer.step()
 
 
 @on_ranks(TWO_REPLICAS)
