@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from hf_mics.errors import ConfigError
 from hf_mics.pretraining.plot import plot_losses
 
 
@@ -21,10 +22,18 @@ def finish(trainer: Trainer, title: str, per: str) -> dict[str, float]:
 
     Returns:
         The last evaluation's metrics.
+
+    Raises:
+        ConfigError: on every rank, that no held-out row was evaluated; the model is saved.
     """
     metrics = _last_evaluation(trainer) or trainer.evaluate()
     output_dir = Path(trainer.args.output_dir or ".")
     trainer.save_model(str(output_dir / "model"))
+    if "eval_loss" not in metrics:
+        raise ConfigError(
+            "no held-out row was evaluated: --dataloader_drop_last drops the last batch if it is short, and there was "
+            f"no other. Leave it out, or lower --per_device_eval_batch_size. The model is in {output_dir / 'model'}."
+        )
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hf_mics.errors import ConfigError
 from hf_mics.pretraining.results import finish
 
 EVALUATIONS = [{"eval_loss": 2.0, "step": 2}, {"loss": 1.0, "step": 4}, {"eval_loss": 3.0, "step": 4}]
@@ -47,3 +48,16 @@ def test_the_evaluation_reported_is_that_of_the_weights_saved(
     assert len(evaluated) == evaluations
     assert saved["model"] == str(tmp_path / "model")
     assert saved["state"] == "saved"
+
+
+def test_an_evaluation_of_no_rows_is_told_and_costs_no_model(tmp_path: Path) -> None:
+    saved: list[str] = []
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path), load_best_model_at_end=False),
+        state=SimpleNamespace(global_step=4, log_history=[], best_model_checkpoint=None),
+        evaluate=lambda: {"eval_runtime": 0.1},
+        save_model=saved.append,
+    )
+    with pytest.raises(ConfigError, match="no held-out row was evaluated: --dataloader_drop_last"):
+        finish(trainer, "title", "token")
+    assert saved == [str(tmp_path / "model")]
