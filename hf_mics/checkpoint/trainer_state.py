@@ -113,8 +113,11 @@ def _save_checkpoint(stock: Method, trainer: Any, model: Any, trial: Any) -> Non
         if is_main():
             write_index(folder, trainer.model)
         best = trainer.state.best_model_checkpoint
-        if best and Path(best).absolute() == folder.absolute():
-            trainer.state.best_model_checkpoint = str(target)
+        # One that lies in `run_dir` the Trainer has looked for in vain: that of a run whose folder was moved since.
+        moved = run_dir / f"{PREFIX}{trainer.state.best_global_step}"
+        is_new = best is not None and Path(best).absolute() == folder.absolute()
+        if is_new or (best is None and moved.is_dir()):
+            trainer.state.best_model_checkpoint = str(target if is_new else moved)
             if trainer.args.should_save:
                 trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from hf_mics.checkpoint import trainer_state
 from hf_mics.checkpoint.export import export_checkpoint
 from hf_mics.checkpoint.mark import MARK_NAME, read_mark
 from hf_mics.checkpoint.trainer_state import StopOnSigterm
@@ -229,6 +230,23 @@ def test_trainer_checkpoint_moves_to_other_layouts(trained: Any, world: int) -> 
     moved = resumed["moved"] if world == 4 else run_ranks(resume_moved, world, str(folder))[0]
     assert len(moved) == 8
     assert moved == pytest.approx(saved["moving"]["losses"][4:], abs=TOLERANCE)
+
+
+def test_the_best_of_a_run_whose_folder_was_moved_is_found_again(tmp_path: Path) -> None:
+    """The Trainer forgets the former path when it resumes, and looks beside the checkpoint that it saves."""
+    (tmp_path / "checkpoint-1").mkdir()
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(global_step=4, best_global_step=1, best_model_checkpoint=None),
+        args=SimpleNamespace(should_save=False, push_to_hub=False),
+        accelerator=None, model=None, optimizer=None, _get_output_dir=lambda trial: str(tmp_path),
+    )  # fmt: skip
+
+    def save(accelerator: Any, target: Path, write: Any, **_: Any) -> None:
+        write(tmp_path / ".checkpoint-4.saving" / "checkpoint-4")
+
+    with mock.patch.multiple(trainer_state, is_main=lambda: False, save_checkpoint=save):
+        trainer_state._save_checkpoint(lambda model, trial: None, trainer, None, None)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
 def test_complete_checkpoints_are_pushed_to_the_hub_and_no_others(trained: Any) -> None:
