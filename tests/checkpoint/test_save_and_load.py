@@ -223,13 +223,12 @@ def test_small_pieces_change_hands_together_and_large_ones_alone() -> None:
 
 def test_the_rank_that_reads_most_reads_no_more_than_the_largest_piece_where_that_can_be() -> None:
     """What one rank needs alone is four pieces of 20 bytes; all need one of 90 and five of 30."""
-    own, shared = [("file", offset) for offset in range(4)], [("file", offset) for offset in range(4, 10)]
-    lengths = dict(zip([*own, *shared], [20] * 4 + [30] * 5 + [90], strict=True))
-    reader = NodeReader.__new__(NodeReader)
-    reader.__dict__["_lengths"] = lengths
+    own, shared = list(range(4)), list(range(4, 10))
+    lengths = [20] * 4 + [30] * 5 + [90]
     load = dict.fromkeys(range(4), 0)
-    for share in itertools.chain(*reader._rounds({0: shared, 1: [*shared, *own], 2: shared, 3: shared})):
-        load[share.reader] += lengths[share.piece]
+    for exchanges in who_reads_what(lengths, {0: shared, 1: [*shared, *own], 2: shared, 3: shared}):
+        for piece, share in itertools.chain(*exchanges):
+            load[share.reader] += lengths[piece]
     assert max(load.values()) == 90, load
 
 
