@@ -11,7 +11,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
+from torch.distributed.utils import _apply_to_tensors
 
 from hf_mics._torch_names import check_group, check_state
 from hf_mics.errors import ConfigError, MiCSError
@@ -86,6 +87,12 @@ class Unit:
     def is_gathered(self) -> bool:
         """Whether the module holds whole parameters now."""
         return self._group.is_unsharded
+
+    @property
+    def gathered_addresses(self) -> set[int]:
+        """Where the gathered parameters are stored."""
+        addresses = [_address(param._unsharded_param) for param in self._params]
+        return {address for address in addresses if address is not None}
 
     @property
     def _is_root(self) -> bool:
@@ -457,12 +464,49 @@ def in_forward_method(model: nn.Module) -> bool:
     """Whether a method of `model` runs for which FSDP2 has begun a forward, such as an encoder-decoder's `generate`."""
     # When such a method calls the model's forward, the stack alone tells it from one that raised.
     methods = [code for code in register_fsdp_forward_method.__code__.co_consts if isinstance(code, types.CodeType)]
+    return _running(model, methods) > 0
+
+
+def in_own_forward(model: nn.Module) -> bool:
+    """Whether the call of `model` that runs now was made inside another one, by a model that calls itself."""
+    return _running(model, [cast(Any, nn.Module)._call_impl.__code__]) > 1
+
+
+def _running(model: nn.Module, methods: list[types.CodeType]) -> int:
+    """How many calls of `methods` of the `model` are on the stack."""
+    found = 0
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code in methods and frame.f_locals.get("self") in (model, plain(model)):
-            return True
+        found += frame.f_code in methods and frame.f_locals.get("self") in (model, plain(model))
         frame = frame.f_back
-    return False
+    return found
+
+
+def copy_from(output: Any, addresses: set[int]) -> Any:
+    """What a forward returns, with copies of the tensors that lie in the storages at `addresses`.
+
+    Looks where FSDP2 does: in tuples, lists, dicts, ModelOutputs and dataclasses.
+    """
+    left = [output]
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            if _address(each) in addresses:
+                return _apply_to_tensors(lambda t: t.clone() if _address(t) in addresses else t, output)
+        elif isinstance(each, dict):
+            left += each.values()
+        elif isinstance(each, list | tuple | set):
+            left += each
+        elif is_dataclass(each) and not isinstance(each, type):
+            left += [getattr(each, field.name) for field in fields(each)]
+    return output
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except RuntimeError:  # a sparse one has no storage
+        return None
 
 
 def reset_after_error(model: nn.Module) -> None:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from hf_mics._torch_compat import find_units, in_forward_method, override_method, plain
+from hf_mics._torch_compat import copy_from, find_units, in_forward_method, in_own_forward, override_method, plain
 from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.prompts import computed_prompts
+from hf_mics.engine import is_under_mics, mics_engine
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import missing_callers
 from hf_mics.sharding import restore_scalars
@@ -28,7 +29,7 @@ def open_to_methods(model: nn.Module) -> None:
     belong to no layer: an encoder-decoder's the encoder, PEFT's the base model.
     """
     sharded = model if isinstance(model, FSDPModule) else plain(model)
-    free = _free_after_evaluation(sharded)
+    free = _free_after_evaluation(model, sharded)
     if hasattr(sharded, "generate"):
         register_fsdp_forward_method(sharded, "generate")
         override_method(sharded, "generate", _followed_by(free, cast(Any, sharded).generate))
@@ -38,38 +39,44 @@ def open_to_methods(model: nn.Module) -> None:
             override_method(module, "save_pretrained", save)
 
 
-def _free_after_evaluation(sharded: nn.Module) -> Callable[[], None]:
+def _free_after_evaluation(model: nn.Module, sharded: Any) -> Callable[[Any], Any]:
     """From now on a forward without gradients frees what it gathered, the root's parameters too, as a backward does.
 
     FSDP2 keeps those for a backward or the next forward. What a script wrote into them after an evaluation (clipped
     weights, an average put back) would be lost without a word when they are freed. It happens in the forward, which all
     ranks run: a rank that freed them when asked for its parameters would gather again while others do not.
 
+    Nothing is freed while a forward with gradients waits for its backward, which may need a head that it would not
+    gather again and frees everything itself, nor by a forward inside another of the model's own.
+
     Returns:
-        What frees them.
+        What frees them, and returns the output that it is given, without views of what is freed.
     """
     units = list(find_units(sharded))
 
-    def free() -> None:
-        for unit in units:
-            if unit.is_gathered:
-                unit.module.reshard()
+    def free(output: Any) -> Any:
+        if not is_under_mics(model) or mics_engine(model).schedule.awaits_backward:
+            return output
+        gathered = [unit for unit in units if unit.is_gathered]
+        output = copy_from(output, {address for unit in gathered for address in unit.gathered_addresses})
+        for unit in gathered:
+            unit.module.reshard()
+        return output
 
-    def after_forward(*_: Any) -> None:
+    def after_forward(_: nn.Module, args: Any, output: Any) -> Any:
         # `generate` is one pass of many forwards.
-        if not torch.is_grad_enabled() and not in_forward_method(sharded):
-            free()
+        if torch.is_grad_enabled() or in_forward_method(sharded) or in_own_forward(sharded):
+            return output
+        return free(output)
 
     sharded.register_forward_hook(torch.compiler.disable(after_forward))
     return free
 
 
-def _followed_by(then: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:
+def _followed_by(then: Callable[[Any], Any], method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def both(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        then()
-        return result
+        return then(method(*args, **kwargs))
 
     return both
 

@@ -77,6 +77,11 @@ class TwoHopSchedule:
         """Whether some gradients have been through hop 1 but not yet through hop 2."""
         return any(window.is_open for window in self._windows)
 
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a forward with gradients has run whose backward has not."""
+        return any(window.awaits_backward for window in self._windows)
+
     def open_names(self) -> list[str]:
         """Names of the units whose window is open."""
         return [window.unit.name or "(root)" for window in self._windows if window.is_open]

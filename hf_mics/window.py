@@ -55,6 +55,11 @@ class Window:
         self._settle()
         return self.unit.partial_sum is not None
 
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a forward with gradients has run and no backward since."""
+        return self._forwards > 0
+
     def drop(self) -> None:
         """Forgets the partial sum."""
         self._hide()

@@ -201,6 +201,38 @@ def evaluate_on_an_average(model: nn.Module, optimizer: Any, backward: Any, part
     return losses
 
 
+class CallsItself(nn.Module):
+    """Refines what it has found in a second forward, or returns parameters of its own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(7, 7) for _ in range(2)])
+        self.bias = nn.Parameter(torch.randn(3, 7))
+
+    def forward(self, x: torch.Tensor, again: bool = True) -> dict[str, Any]:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        if again:
+            x = x + self(x, again=False)["x"]
+        return {"x": x + self.bias[0], "own": (self.bias, [self.bias[1:]])}
+
+
+def evaluate_with_own_weights(model: nn.Module, optimizer: Any, backward: Any) -> list[torch.Tensor]:
+    """What evaluations return, whose bias is clipped after each."""
+    returned = []
+    for _ in range(2):
+        backward(model(torch.ones(2, 7), again=False)["x"].square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            refined, output = model(torch.ones(2, 7)), model(torch.ones(2, 7), again=False)
+        returned += [refined["x"], output["own"][0].clone(), output["own"][1][0].clone()]
+        for param in model.parameters():
+            param.data.clamp_(-0.3, 0.3)
+    return returned
+
+
 def check_changes_after_evaluation() -> dict[str, Any]:
     accelerator = fresh_accelerator()
     model = tiny.build("gpt2")
@@ -217,7 +249,11 @@ def check_changes_after_evaluation() -> dict[str, Any]:
     with pytest.raises(AttributeError) as too_early:
         unused.model(tiny.token_rows(2))
     errors.append(str(too_early.value))
-    return {"losses": losses, "weights": full_weights(model), "errors": errors}
+    weights = full_weights(model)
+    model = CallsItself()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    returned = evaluate_with_own_weights(model, optimizer, accelerator.backward)
+    return {"losses": losses, "weights": weights, "errors": errors, "returned": returned, "own": full_weights(model)}
 
 
 def test_weights_that_change_after_an_evaluation_change_as_in_one_process(
@@ -226,7 +262,11 @@ def test_weights_that_change_after_an_evaluation_change_as_in_one_process(
     seen = run_ranks(check_changes_after_evaluation, WORLD_SIZE)
     model = tiny.build("gpt2")
     losses = evaluate_on_an_average(model, make_optimizer(model), torch.Tensor.backward, lambda x: x)
+    own = CallsItself()
+    returned = evaluate_with_own_weights(own, make_optimizer(own), torch.Tensor.backward)
     for of_rank in seen:
+        torch.testing.assert_close(of_rank["returned"], returned)
+        assert largest_difference(of_rank["own"], dict(own.named_parameters())) < TOLERANCE
         assert of_rank["losses"] == pytest.approx(losses, rel=1e-6)
         assert largest_difference(of_rank["weights"], dict(model.named_parameters())) < TOLERANCE
     monkeypatch.setattr("sys.excepthook", sys.__excepthook__)
@@ -379,7 +419,10 @@ def fused_loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 def train_fused(model: nn.Module, optimizer: Any, backward: Any, part: Any) -> None:
     for step in range(3):
-        backward(model(part(tiny.token_rows(8, seed=step))))
+        loss = model(part(tiny.token_rows(8, seed=step)))
+        with torch.no_grad():  # as of a reference, between the policy's forward and its backward
+            reference = model(tiny.token_rows(4, seed=9))
+        backward(loss * reference if step else loss)
         optimizer.step()
         optimizer.zero_grad()
 
