@@ -45,6 +45,10 @@ def _refusing(stock: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
+# A dataset that a script has tokenized and keeps has them by the million.
+_NO_CONTAINERS = {int, float, str, bool, bytes, type(None)}
+
+
 def _holds_shards(obj: Any) -> bool:
     seen, left = set(), [obj]
     while left:
@@ -53,7 +57,10 @@ def _holds_shards(obj: Any) -> bool:
             return True
         if isinstance(each, nn.Module):
             left += each.parameters()
+        elif isinstance(each, torch.optim.Optimizer):
+            left += each.param_groups
         elif isinstance(each, dict | list | tuple) and id(each) not in seen:
             seen.add(id(each))  # what holds itself, which torch.save takes
-            left += each.values() if isinstance(each, dict) else each
+            values = each.values() if isinstance(each, dict) else each
+            left += [value for value in values if type(value) not in _NO_CONTAINERS]
     return False

@@ -106,7 +106,8 @@ def check_methods(folder: str) -> dict[str, Any]:
     for _ in range(2):
         model.save_pretrained(f"{folder}/by_all")
         assert Path(folder, "by_all", "model.safetensors").is_file(), "every rank goes on when the folder is there"
-    for state in (model.state_dict(), {"step": 1, "models": [model.state_dict()]}, model, optimizer.state_dict()):
+    states = [model.state_dict(), {"step": 1, "models": [model.state_dict()]}, optimizer.state_dict()]
+    for state in (*states, model, [optimizer]):
         for save in (accelerator.save, torch.save):
             with pytest.raises(ConfigError, match="get_state_dict"):
                 save(state, f"{folder}/weights.pt")
