@@ -463,13 +463,24 @@ def unfinished_pass(model: nn.Module) -> Literal["forward", "backward"] | None:
 def in_forward_method(model: nn.Module) -> bool:
     """Whether a method of `model` runs for which FSDP2 has begun a forward, such as an encoder-decoder's `generate`."""
     # When such a method calls the model's forward, the stack alone tells it from one that raised.
-    methods = [code for code in register_fsdp_forward_method.__code__.co_consts if isinstance(code, types.CodeType)]
-    return _running(model, methods) > 0
+    return _running(model, _forward_methods()) > 0
 
 
-def in_own_forward(model: nn.Module) -> bool:
-    """Whether the call of `model` that runs now was made inside another one, by a model that calls itself."""
-    return _running(model, [cast(Any, nn.Module)._call_impl.__code__]) > 1
+def passes_running(model: nn.Module) -> int:
+    """How many calls of `model`, and of methods for which FSDP2 has begun a forward, run now, one inside the other."""
+    return _running(model, [cast(Any, nn.Module)._call_impl.__code__, *_forward_methods()])
+
+
+def after_forward_methods(model: nn.Module, callback: Callable[[Any], Any]) -> None:
+    """Lets `callback` replace what methods return that are registered as forward methods of `model`, now or later."""
+    state = cast(Any, model)._get_fsdp_state()
+    # Methods look it up in every call; the model's own forward has taken hold of it as a hook.
+    post_forward = state._post_forward
+    state._post_forward = lambda module, args, output: callback(post_forward(module, args, output))
+
+
+def _forward_methods() -> list[types.CodeType]:
+    return [code for code in register_fsdp_forward_method.__code__.co_consts if isinstance(code, types.CodeType)]
 
 
 def _running(model: nn.Module, methods: list[types.CodeType]) -> int:

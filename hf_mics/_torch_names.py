@@ -52,6 +52,7 @@ _PARAM_ATTRIBUTES = (
 )
 _STATE_ATTRIBUTES = (
     "_fsdp_param_groups",
+    "_post_forward",
     "_root_post_backward_final_callback",
     "_state_ctx",
     "_auto_reshard_after_forward",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from hf_mics._torch_compat import copy_from, find_units, in_forward_method, in_own_forward, override_method, plain
+from hf_mics._torch_compat import (
+    after_forward_methods,
+    copy_from,
+    find_units,
+    override_method,
+    passes_running,
+    plain,
+)
 from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.prompts import computed_prompts
 from hf_mics.engine import is_under_mics, mics_engine
@@ -29,33 +36,31 @@ def open_to_methods(model: nn.Module) -> None:
     belong to no layer: an encoder-decoder's the encoder, PEFT's the base model.
     """
     sharded = model if isinstance(model, FSDPModule) else plain(model)
-    free = _free_after_evaluation(model, sharded)
+    _free_after_evaluation(model, sharded)
     if hasattr(sharded, "generate"):
         register_fsdp_forward_method(sharded, "generate")
-        override_method(sharded, "generate", _followed_by(free, cast(Any, sharded).generate))
     if hasattr(sharded, "save_pretrained"):
         save = _save_pretrained(model, sharded.save_pretrained)
         for module in {model, plain(model)}:
             override_method(module, "save_pretrained", save)
 
 
-def _free_after_evaluation(model: nn.Module, sharded: Any) -> Callable[[Any], Any]:
+def _free_after_evaluation(model: nn.Module, sharded: nn.Module) -> None:
     """From now on a forward without gradients frees what it gathered, the root's parameters too, as a backward does.
 
     FSDP2 keeps those for a backward or the next forward. What a script wrote into them after an evaluation (clipped
     weights, an average put back) would be lost without a word when they are freed. It happens in the forward, which all
     ranks run: a rank that freed them when asked for its parameters would gather again while others do not.
 
-    Nothing is freed while a forward with gradients waits for its backward, which may need a head that it would not
-    gather again and frees everything itself, nor by a forward inside another of the model's own.
-
-    Returns:
-        What frees them, and returns the output that it is given, without views of what is freed.
+    So does a method for which FSDP2 runs its forward hooks, `generate` and what a script registers. Nothing is freed
+    while a forward with gradients waits for its backward, which may need a head that it would not gather again and
+    frees everything itself, nor by a pass inside another of the model's own. What is returned is copied first.
     """
     units = list(find_units(sharded))
 
     def free(output: Any) -> Any:
-        if not is_under_mics(model) or mics_engine(model).schedule.awaits_backward:
+        inside = passes_running(sharded) > 1
+        if inside or not is_under_mics(model) or mics_engine(model).schedule.awaits_backward:
             return output
         gathered = [unit for unit in units if unit.is_gathered]
         output = copy_from(output, {address for unit in gathered for address in unit.gathered_addresses})
@@ -64,21 +69,10 @@ def _free_after_evaluation(model: nn.Module, sharded: Any) -> Callable[[Any], An
         return output
 
     def after_forward(_: nn.Module, args: Any, output: Any) -> Any:
-        # `generate` is one pass of many forwards.
-        if torch.is_grad_enabled() or in_forward_method(sharded) or in_own_forward(sharded):
-            return output
-        return free(output)
+        return output if torch.is_grad_enabled() else free(output)
 
     sharded.register_forward_hook(torch.compiler.disable(after_forward))
-    return free
-
-
-def _followed_by(then: Callable[[Any], Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def both(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return then(method(*args, **kwargs))
-
-    return both
+    after_forward_methods(sharded, free)
 
 
 def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from hf_mics import MiCSPlugin, model_methods, remove_mics
@@ -218,8 +219,12 @@ class CallsItself(nn.Module):
             x = x + self(x, again=False)["x"]
         return {"x": x + self.bias[0], "own": (self.bias, [self.bias[1:]])}
 
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x) * self.bias[2]
 
-def evaluate_with_own_weights(model: nn.Module, optimizer: Any, backward: Any) -> list[torch.Tensor]:
+
+def evaluate_with_own_weights(model: Any, optimizer: Any, backward: Any) -> list[torch.Tensor]:
     """What evaluations return, whose bias is clipped after each."""
     returned = []
     for _ in range(2):
@@ -229,8 +234,10 @@ def evaluate_with_own_weights(model: nn.Module, optimizer: Any, backward: Any) -
         with torch.no_grad():
             refined, output = model(torch.ones(2, 7)), model(torch.ones(2, 7), again=False)
         returned += [refined["x"], output["own"][0].clone(), output["own"][1][0].clone()]
-        for param in model.parameters():
-            param.data.clamp_(-0.3, 0.3)
+        for bound in (0.3, 0.2):
+            for param in model.parameters():
+                param.data.clamp_(-bound, bound)
+            returned.append(model.encode(torch.ones(2, 7)))
     return returned
 
 
@@ -253,6 +260,7 @@ def check_changes_after_evaluation() -> dict[str, Any]:
     weights = full_weights(model)
     model = CallsItself()
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    register_fsdp_forward_method(model, "encode")
     returned = evaluate_with_own_weights(model, optimizer, accelerator.backward)
     return {"losses": losses, "weights": weights, "errors": errors, "returned": returned, "own": full_weights(model)}
 
