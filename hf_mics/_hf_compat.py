@@ -220,7 +220,7 @@ def prepared(accelerator: Any) -> Prepared:
 def give_sharded_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Makes an `optimizer` that was made while parameters of `model` were gathered train the sharded ones.
 
-    An evaluation without hf_mics leaves the root's gathered, which no gradient reaches.
+    An evaluation without MiCS leaves the root's gathered, which no gradient reaches.
     """
     sharded = {found: param for unit in find_units(model) for found, param in unit.sharded_of.items()}
     give_parameters(optimizer, [[sharded.get(id(p), p) for p in g["params"]] for g in optimizer.param_groups])

@@ -113,4 +113,5 @@ def _check_all_call() -> None:
         )
 
 
-_WAIT_FOR_CALLERS_S = 30.0
+# A rank may be busy before it calls: rank 0 with an evaluation of its own.
+_WAIT_FOR_CALLERS_S = 120.0

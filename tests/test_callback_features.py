@@ -183,7 +183,7 @@ def test_weights_that_only_rank_0_has_are_evaluated_before_training_unless_an_op
 
 @on_ranks(LAYOUT)
 def test_a_second_trainer_of_a_model_that_was_just_evaluated_goes_on_as_under_ddp(layout: Layout) -> None:
-    """Nothing of the evaluation stays gathered where the new Trainer's optimizer looks for parameters."""
+    """The evaluation, after MiCS is off the model, leaves the root gathered where the new optimizer looks for it."""
 
     results = []
     for where in (None, layout):

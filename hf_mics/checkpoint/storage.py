@@ -37,9 +37,10 @@ from torch.futures import Future
 from hf_mics._hf_compat import replaced_storage
 from hf_mics.errors import CheckpointError
 
-READ_BYTES, EXCHANGED_BYTES = 4 << 20, 32 << 20
+READ_BYTES, EXCHANGED_BYTES, MOST_PIECES = 4 << 20, 32 << 20, 64
 """What a rank reads, and the ranks of a node exchange, at a time: small pieces together, because each exchange waits
-for the slower of its ranks; a larger piece alone, because each rank has memory for those of an exchange."""
+for the slower of its ranks; a larger piece alone, because each rank has memory for those of an exchange. Each piece is
+a message to every other rank of the node that needs it, and NCCL takes 2048 operations in a group."""
 
 Piece = tuple[str, int]
 """Where a stored tensor (or a rank's part of one) is: file and offset. Tied names share one."""
@@ -157,12 +158,12 @@ class NodeReader(FileSystemReader):
         return [list(self._bundles(at_once, EXCHANGED_BYTES)) for at_once in rounds]
 
     def _bundles(self, shares: Iterable[Share], most_bytes: int) -> Iterator[list[Share]]:
-        """`shares` in order, as many at a time as hold `most_bytes`, and at least one."""
+        """`shares` in order, as many at a time as hold `most_bytes`, 64 at most and one at least."""
         bundle: list[Share] = []
         bundle_bytes = 0
         for share in shares:
             length = self._lengths[share.piece]
-            if bundle and bundle_bytes + length > most_bytes:
+            if bundle and (bundle_bytes + length > most_bytes or len(bundle) == MOST_PIECES):
                 yield bundle
                 bundle, bundle_bytes = [], 0
             bundle.append(share)

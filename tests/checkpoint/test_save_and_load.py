@@ -219,6 +219,8 @@ def test_small_pieces_change_hands_together_and_large_ones_alone() -> None:
     assert [[len(exchange) for exchange in exchanges] for exchanges in small] == [[8], [4]]
     large = who_reads_what([EXCHANGED_BYTES - 1] * 12, both)
     assert [[len(exchange) for exchange in exchanges] for exchanges in large] == [[1, 1]] * 6
+    many = who_reads_what([1] * 300, {0: list(range(300)), 1: list(range(300))})
+    assert [[len(exchange) for exchange in exchanges] for exchanges in many] == [[64, 64], [64, 64], [44]]
 
 
 def test_the_rank_that_reads_most_reads_no_more_than_the_largest_piece_where_that_can_be() -> None:
