@@ -130,5 +130,21 @@ class _Packer:
         )
         tokens = [token for document in encoded["input_ids"] for token in [*document, *self.separator]]
         nowhere = [(0, 0)] * len(self.separator)
-        offsets = [pair for document in encoded.get("offset_mapping", []) for pair in [*document, *nowhere]]
+        found = zip(texts, encoded.get("offset_mapping", ()), strict=False)
+        offsets = [pair for text, document in found for pair in [*_without_spaces(text, document), *nowhere]]
         return tokens, offsets
+
+
+def _without_spaces(text: str, offsets: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yields where the tokens of `text` are without the spaces around them, each from where the last ended at least.
+
+    To most byte-level and SentencePiece tokenizers a space belongs to the word after it, so that no token would begin a
+    word; and all tokens of one character span the whole of it, so that each would.
+    """
+    reached = 0
+    for start, end in offsets:
+        end -= len(text[start:end]) - len(text[start:end].rstrip())
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        start = max(start, reached)
+        reached = max(start, end)
+        yield start, reached

@@ -114,6 +114,24 @@ def test_packing_for_bert_frames_every_block():
     assert [token for block in blocks for token in block[1:-1]] == inner[: len(inner) // 14 * 14]
 
 
+def test_offsets_tell_words_apart_where_spaces_belong_to_tokens():
+    """And hold together a character of several tokens."""
+    tokenizer = train_byte_level_bpe(LINES, 300)
+    tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
+    document = "Sentence naïve 日本 words,  and\nmore "
+    tokens = len(tokenizer.encode(document))
+    (block,) = pack(Dataset.from_dict({"text": [document]}), tokenizer, tokens + 2, with_offsets=True)
+    words: list[list[int]] = []
+    previous_end = None
+    for token, (start, end) in list(zip(block["input_ids"], block["offset_mapping"], strict=True))[1:-1]:
+        if start != previous_end:
+            words.append([])
+        words[-1].append(token)
+        previous_end = end
+    assert [tokenizer.decode(word).strip() for word in words] == document.split()
+    assert len(words) < tokens
+
+
 def test_tokenizer_documents_can_be_gone_through_twice():
     documents = iterate_documents(Dataset.from_dict({"text": ["a", None, "b"]}), "text")
     assert list(documents) == list(documents) == ["a", "", "b"]
