@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.table import CastError
 
 from hf_mics.errors import ConfigError
 from hf_mics.pretraining.arguments import require_at_least
@@ -123,7 +124,12 @@ def _load_files(files: list[str], streaming: bool) -> AnyDataset:
         dataset = load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming, **options)
         is_empty = next(iter(dataset), None) is None
     except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError(f"cannot read {', '.join(files)} as {builder}: {error.__cause__ or error}") from None
+        cause: object = error.__cause__ or error
+        if isinstance(cause, CastError):
+            both = cause.requested_column_names, cause.table_column_names
+            first, other = (", ".join(sorted(names)) for names in both)
+            cause = f"all of it must have the same columns, got {first} first and {other} later. Take out what differs."
+        raise ConfigError(f"cannot read {', '.join(files)} as {builder}: {cause}") from None
     if is_empty:
         raise ConfigError(f"no documents in {', '.join(files)}: expected at least one, got none.")
     return dataset

@@ -167,6 +167,16 @@ def test_bad_files_are_refused(tmp_path: Path, name: str, content: str | None, e
         load_text(TextArguments(train_file=[str(tmp_path / name)], streaming=streaming))
 
 
+def test_files_of_different_columns_are_refused_in_one_sentence(tmp_path: Path):
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"body": "x", "text": "y"}\n')
+    with pytest.raises(
+        ConfigError, match=r"the same columns, got text first and body, text later\. Take out"
+    ) as raised:
+        load_text(TextArguments(train_file=[write(tmp_path / "a.jsonl"), str(other)]))
+    assert "\n" not in str(raised.value)
+
+
 def test_one_document_cannot_be_split(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"at least 2, got 1.*--validation_file"):
         load_text(TextArguments(train_file=[write(tmp_path / "a.txt", ["one"])]))
