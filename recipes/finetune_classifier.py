@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-from transformers import DataCollatorWithPadding, HfArgumentParser, Trainer, set_seed
+from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from hf_mics import MiCSCallback
-from hf_mics.pretraining.arguments import RecipeArguments
+from hf_mics.pretraining.arguments import RecipeArguments, parse_flags
 from hf_mics.pretraining.classifiers import load_classifier, tokenize
 from hf_mics.pretraining.labels import LabelledArguments, load_labelled
 from hf_mics.pretraining.objective import classification_metrics, mean_cross_entropy, predictions
@@ -53,8 +53,7 @@ class RunArguments(RecipeArguments):
 
 def main() -> None:
     """Trains, evaluates, logs, saves."""
-    parser = HfArgumentParser((LabelledArguments, ClassifierArguments, RunArguments))
-    data_args, args, run_args = parser.parse_args_into_dataclasses()
+    data_args, args, run_args = parse_flags(LabelledArguments, ClassifierArguments, RunArguments)
     make_output_dir(run_args.output_dir)
     data = main_process_first(partial(load_labelled, data_args))
     set_seed(run_args.seed)

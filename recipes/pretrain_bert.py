@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-from transformers import AutoModelForMaskedLM, HfArgumentParser, Trainer, set_seed
+from transformers import AutoModelForMaskedLM, Trainer, set_seed
 
 from hf_mics import MiCSCallback
-from hf_mics.pretraining.arguments import RecipeArguments
+from hf_mics.pretraining.arguments import RecipeArguments, parse_flags
 from hf_mics.pretraining.blocks import BlockArguments, build_model, prepare_blocks
 from hf_mics.pretraining.masking import CountEpochs, MaskingArguments, mask_once, masking_collator
 from hf_mics.pretraining.objective import masked_token_metrics, mean_cross_entropy, predictions_and_losses
@@ -56,8 +56,7 @@ class RunArguments(RecipeArguments):
 
 def main() -> None:
     """Trains, evaluates, logs, saves."""
-    parser = HfArgumentParser((TextArguments, BertArguments, MaskingArguments, RunArguments))
-    text_args, args, mask_args, run_args = parser.parse_args_into_dataclasses()
+    text_args, args, mask_args, run_args = parse_flags(TextArguments, BertArguments, MaskingArguments, RunArguments)
     make_output_dir(run_args.output_dir)
     blocks = prepare_blocks(args, text_args, "masked", run_args.seed, with_offsets=mask_args.whole_word_mask)
     collator = masking_collator(blocks.tokenizer, mask_args, run_args.seed)

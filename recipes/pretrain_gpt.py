@@ -21,12 +21,12 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_collator, get_scheduler
+from transformers import AutoModelForCausalLM, default_data_collator, get_scheduler
 
 from hf_mics import MiCSAccelerator
 from hf_mics.errors import ConfigError
 from hf_mics.loss_watch import LossWatch
-from hf_mics.pretraining.arguments import require_at_least
+from hf_mics.pretraining.arguments import parse_flags, require_at_least
 from hf_mics.pretraining.blocks import BlockArguments, Blocks, build_model, prepare_blocks
 from hf_mics.pretraining.checkpoints import Progress, checkpoint_path, find_checkpoint
 from hf_mics.pretraining.metrics import load_metric
@@ -169,7 +169,7 @@ def make_accelerator(args: PretrainArguments) -> MiCSAccelerator:
 
 def main() -> None:
     """Trains, evaluates, logs, saves."""
-    text_args, args = HfArgumentParser((TextArguments, PretrainArguments)).parse_args_into_dataclasses()
+    text_args, args = parse_flags(TextArguments, PretrainArguments)
     output_dir, accelerator = Path(args.output_dir), make_accelerator(args)
     make_output_dir(output_dir)
     resume_from, skipped = None, ""

@@ -1,11 +1,12 @@
-"""Which defaults of the Trainer's flags suit every recipe, and which values does none take?"""
+"""Which defaults of the Trainer's flags suit every recipe, and which flags and values does none take?"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_mics.errors import ConfigError
 
@@ -32,13 +33,33 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         require_at_least(1, gradient_accumulation_steps=self.gradient_accumulation_steps)
+        require_at_least(1, per_device_train_batch_size=self.per_device_train_batch_size)
+        require_at_least(1, per_device_eval_batch_size=self.per_device_eval_batch_size)
         require_at_least(0, weight_decay=self.weight_decay, learning_rate=self.learning_rate)
-        super().__post_init__()
+        if self.max_steps == 0:
+            raise ConfigError("--max_steps must be at least 1, or -1 to go by --num_train_epochs, got 0.")
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     @property
     def resume_from(self) -> str | bool | None:
         """What `Trainer.train` takes: a checkpoint's folder, or True for the newest complete one ("latest")."""
         return True if self.resume_from_checkpoint == "latest" else self.resume_from_checkpoint
+
+
+def parse_flags(*kinds: Any) -> tuple[Any, ...]:
+    """Returns one object of each of the dataclasses `kinds`, from the command line.
+
+    Raises:
+        ConfigError: a flag that none of them has.
+    """
+    parser = HfArgumentParser(kinds)
+    *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise ConfigError(f"unknown flags: {' '.join(unknown)}. Correct or leave them out; --help lists all.")
+    return tuple(parsed)
 
 
 def require_at_least(least: float, **values: float | None) -> None:

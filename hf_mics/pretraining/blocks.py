@@ -50,6 +50,7 @@ class BlockArguments:
                 f"({self.vocab_size} and {self.tokenizer!r}). Leave one out."
             )
         require_at_least(1, max_eval_blocks=self.max_eval_blocks)
+        require_at_least(2, block_size=self.block_size)
 
 
 class Blocks(NamedTuple):
@@ -91,9 +92,10 @@ def prepare_blocks(
     documents = iterate_documents(text["train"], text_arguments.text_column)
     vocab_size = config.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     tokenizer = load_or_train_tokenizer(arguments.tokenizer, documents, TOKENIZER_KINDS[task], vocab_size)
-    if task == "masked" and tokenizer.mask_token is None:
+    if task == "masked" and (tokenizer.mask_token is None or tokenizer.pad_token is None):
+        missing = "mask" if tokenizer.mask_token is None else "padding"
         raise ConfigError(
-            f"no mask token: expected a tokenizer of BERT's kind, got one with the special tokens "
+            f"no {missing} token: expected a tokenizer of BERT's kind, got one with the special tokens "
             f"{', '.join(tokenizer.all_special_tokens) or 'none'}. Leave --tokenizer out to train one on the corpus."
         )
     _fit_to_tokenizer(config, tokenizer)

@@ -10,8 +10,9 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_mics.errors import ConfigError
-from hf_mics.pretraining.arguments import RecipeArguments
+from hf_mics.pretraining.arguments import RecipeArguments, parse_flags
 from hf_mics.pretraining.checkpoints import Progress
+from hf_mics.pretraining.text import TextArguments
 from recipes.pretrain_gpt import PretrainArguments, build_optimizer, optimizer_steps
 
 
@@ -51,6 +52,7 @@ def test_latest_is_the_newest_complete_checkpoint(tmp_path: Path, flags: tuple[s
         ("gradient_accumulation_steps", 0, 1),
         ("max_steps", 0, 1),
         ("per_device_train_batch_size", -2, 1),
+        ("per_device_train_batch_size", 0, 1),
         ("max_grad_norm", -1.0, 0),
         ("learning_rate", -1e-3, 0),
         ("learning_rate", float("nan"), 0),
@@ -61,9 +63,26 @@ def test_latest_is_the_newest_complete_checkpoint(tmp_path: Path, flags: tuple[s
 def test_values_that_train_nothing_or_uphill_are_refused(tmp_path: Path, flag: str, value: float, least: int):
     with pytest.raises(ConfigError, match=f"--{flag} must be at least {least}, got"):
         PretrainArguments(**{flag: value})
-    if flag in ("gradient_accumulation_steps", "learning_rate", "weight_decay"):
+    if flag not in ("max_steps", "max_grad_norm", "warmup_steps"):
         with pytest.raises(ConfigError, match=f"--{flag} must be at least {least}, got"):
             parse(tmp_path, f"--{flag}", str(value))
+
+
+def test_what_the_trainer_refuses_is_a_mistake_of_the_users(tmp_path: Path):
+    with pytest.raises(ConfigError, match="requires non-zero --logging_steps"):
+        parse(tmp_path, "--logging_steps", "0")
+    with pytest.raises(ConfigError, match=r"--max_steps must be at least 1, or -1 .*got 0"):
+        parse(tmp_path, "--max_steps", "0")
+
+
+def test_unknown_flags_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flags = ["--output_dir", str(tmp_path), "--seed", "3"]
+    monkeypatch.setattr("sys.argv", ["recipe.py", *flags])
+    text, arguments = parse_flags(TextArguments, RecipeArguments)
+    assert (text.text_column, arguments.seed) == ("text", 3)
+    monkeypatch.setattr("sys.argv", ["recipe.py", *flags, "--no_such", "1"])
+    with pytest.raises(ConfigError, match=r"unknown flags: --no_such 1\. .*--help"):
+        parse_flags(TextArguments, RecipeArguments)
 
 
 @pytest.mark.parametrize(("max_grad_norm", "clipped_to"), [(0.5, 0.5), (0.0, float("inf"))])

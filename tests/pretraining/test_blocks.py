@@ -160,17 +160,24 @@ def test_blocks_that_do_not_fit_are_refused(text, tmp_path: Path, task: str, con
         prepare(text, task, config, tmp_path, **flags)
 
 
-def test_a_tokenizer_without_a_mask_token_is_refused(text, tmp_path: Path):
-    train_byte_level_bpe(LINES, 290).save_pretrained(tmp_path / "tokenizer")
+def test_a_tokenizer_without_a_mask_or_padding_token_is_refused(text, tmp_path: Path):
+    tokenizer = train_byte_level_bpe(LINES, 290)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ConfigError, match=r"no mask token.*<\|endoftext\|>.*--tokenizer"):
         prepare(text, "masked", BertConfig(), tmp_path, tokenizer=str(tmp_path / "tokenizer"))
+    tokenizer.mask_token, tokenizer.pad_token = "<mask>", None
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    with pytest.raises(ConfigError, match=r"no padding token.*--tokenizer"):
+        prepare(text, "masked", BertConfig(), tmp_path, tokenizer=str(tmp_path / "unpadded"))
 
 
-def test_presets_of_another_task_and_no_blocks_to_evaluate_on_are_refused():
+def test_presets_of_another_task_and_blocks_that_teach_or_evaluate_nothing_are_refused():
     with pytest.raises(ConfigError, match=r"expected one of bert-tiny.*got 'gpt2'"):
         prepare_blocks(BlockArguments(preset="gpt2"), TextArguments(), "masked", seed=0)
     with pytest.raises(ConfigError, match=r"--max_eval_blocks must be at least 1, got 0"):
         BlockArguments(preset="bert-tiny", max_eval_blocks=0)
+    with pytest.raises(ConfigError, match=r"--block_size must be at least 2, got 1"):
+        BlockArguments(preset="gpt-tiny", block_size=1)
 
 
 def test_a_vocabulary_to_train_beside_a_tokenizer_that_is_there_is_refused():
