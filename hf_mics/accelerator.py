@@ -36,6 +36,7 @@ from hf_mics._hf_compat import (
 )
 from hf_mics.absent_weights import allow_absent_weights, expect_weights, has_absent_weights
 from hf_mics.admission import check_optimizer, check_state, preparation_turns, remember_replaced
+from hf_mics.after_evaluation import free_after_evaluation
 from hf_mics.checkpoint.accelerate_state import load_state, save_state
 from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.resuming import around_checkpoint_function
@@ -267,6 +268,7 @@ class MiCSAccelerator(StockAccelerator):
             hierarchical=plugin.hierarchical,
             gradient_wire_dtype=plugin.gradient_wire_dtype,
         )
+        free_after_evaluation(model)
         open_to_methods(model)
         if self.is_main_process:
             summary = start_up_summary(

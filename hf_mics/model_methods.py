@@ -1,4 +1,4 @@
-"""Which methods of a model need help once it is sharded? `parameters`, `save_pretrained` and `generate`."""
+"""Which methods of a model need help once it is sharded? `save_pretrained` and `generate`."""
 
 from __future__ import annotations
 
@@ -7,72 +7,32 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from hf_mics._torch_compat import (
-    after_forward_methods,
-    copy_from,
-    find_units,
-    override_method,
-    passes_running,
-    plain,
-)
+from hf_mics._torch_compat import override_method, plain
 from hf_mics.checkpoint.contents import is_pretrained, share_tied
 from hf_mics.checkpoint.prompts import computed_prompts
-from hf_mics.engine import is_under_mics, mics_engine
 from hf_mics.errors import ConfigError
 from hf_mics.process_groups import missing_callers
 from hf_mics.sharding import restore_scalars
 
 
 def open_to_methods(model: nn.Module) -> None:
-    """Lets scripts call `parameters`, `save_pretrained` and `generate` of the sharded `model` as of a whole one.
+    """Lets scripts call `save_pretrained` and `generate` of the sharded `model` as of a whole one.
 
     Some models' `generate` runs a part past the model's own forward, where nothing would gather the parameters that
     belong to no layer: an encoder-decoder's the encoder, PEFT's the base model.
     """
     sharded = model if isinstance(model, FSDPModule) else plain(model)
-    _free_after_evaluation(model, sharded)
     if hasattr(sharded, "generate"):
         register_fsdp_forward_method(sharded, "generate")
     if hasattr(sharded, "save_pretrained"):
         save = _save_pretrained(model, sharded.save_pretrained)
         for module in {model, plain(model)}:
             override_method(module, "save_pretrained", save)
-
-
-def _free_after_evaluation(model: nn.Module, sharded: nn.Module) -> None:
-    """From now on a forward without gradients frees what it gathered, the root's parameters too, as a backward does.
-
-    FSDP2 keeps those for a backward or the next forward. What a script wrote into them after an evaluation (clipped
-    weights, an average put back) would be lost without a word when they are freed. It happens in the forward, which all
-    ranks run: a rank that freed them when asked for its parameters would gather again while others do not.
-
-    So does a method for which FSDP2 runs its forward hooks, `generate` and what a script registers. Nothing is freed
-    while a forward with gradients waits for its backward, which may need a head that it would not gather again and
-    frees everything itself, nor by a pass inside another of the model's own. What is returned is copied first.
-    """
-    units = list(find_units(sharded))
-
-    def free(output: Any) -> Any:
-        inside = passes_running(sharded) > 1
-        if inside or not is_under_mics(model) or mics_engine(model).schedule.awaits_backward:
-            return output
-        gathered = [unit for unit in units if unit.is_gathered]
-        output = copy_from(output, {address for unit in gathered for address in unit.gathered_addresses})
-        for unit in gathered:
-            unit.module.reshard()
-        return output
-
-    def after_forward(_: nn.Module, args: Any, output: Any) -> Any:
-        return output if torch.is_grad_enabled() else free(output)
-
-    sharded.register_forward_hook(torch.compiler.disable(after_forward))
-    after_forward_methods(sharded, free)
 
 
 def _save_pretrained(model: nn.Module, stock: Any) -> Callable[..., Any]:

@@ -73,11 +73,6 @@ class TwoHopSchedule:
         _SCHEDULES.add(self)
 
     @property
-    def has_open_window(self) -> bool:
-        """Whether some gradients have been through hop 1 but not yet through hop 2."""
-        return any(window.is_open for window in self._windows)
-
-    @property
     def awaits_backward(self) -> bool:
         """Whether a forward with gradients has run whose backward has not."""
         return any(window.awaits_backward for window in self._windows)

@@ -39,6 +39,7 @@ FLOORS = {
         "probe_models",
         "admission",
         "model_methods",
+        "after_evaluation",
         "plugin",
         "wrapping",
         "sharding",

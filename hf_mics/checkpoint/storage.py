@@ -158,7 +158,7 @@ class NodeReader(FileSystemReader):
         return [list(self._bundles(at_once, EXCHANGED_BYTES)) for at_once in rounds]
 
     def _bundles(self, shares: Iterable[Share], most_bytes: int) -> Iterator[list[Share]]:
-        """`shares` in order, as many at a time as hold `most_bytes`, 64 at most and one at least."""
+        """`shares` in order, as many at a time as hold `most_bytes`, one at least and `MOST_PIECES` at most."""
         bundle: list[Share] = []
         bundle_bytes = 0
         for share in shares:
