@@ -141,6 +141,9 @@ def _rank_main(
             dist.init_process_group(
                 backend, store=dist.FileStore(rendezvous, world_size), rank=rank, world_size=world_size
             )
+            # A rank whose function is done at once would leave while others connect to it: "Connection closed by peer",
+            # seen on a busy machine.
+            dist.barrier()
         outcome = False, function(*args)
     except BaseException:
         outcome = True, traceback.format_exc()
